@@ -1,0 +1,31 @@
+# Every target sets itself up in .venv on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+PACKAGES := amapo_loss kernels benchmarks tests
+
+.PHONY: demo test lint bench figures clean
+
+demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
+	$(RUN) benchmarks.demo $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)") $(ARGS)
+
+test: .venv/ready  ## every test that needs no GPU
+	$(RUN) pytest --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
+
+lint: .venv/ready  ## style and types
+	$(RUN) ruff check $(PACKAGES)
+	$(RUN) ruff format --check $(PACKAGES)
+	$(RUN) mypy
+
+bench: .venv/ready  ## time the loss against the released trainer's arithmetic
+	$(RUN) benchmarks.latency $(ARGS)
+
+figures: .venv/ready  ## draw the README's picture of the two formulas
+	$(RUN) benchmarks.formulas $(ARGS)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

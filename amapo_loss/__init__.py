@@ -1,0 +1,25 @@
+"""AMaPO: preference optimization with a margin for every pair, adapted from the batch.
+
+The whole public surface. `amapo_loss.functional` is the place to start reading.
+"""
+
+from amapo_loss.diagnostics import Diagnostics
+from amapo_loss.functional import AMaPOOutput, amapo_loss, dpo_loss, simpo_loss
+from amapo_loss.logps import sequence_logps
+from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.module import AMaPOLoss
+from amapo_loss.statistics import ScoreStatistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AMaPOLoss",
+    "AMaPOOutput",
+    "AdaptiveMargin",
+    "Diagnostics",
+    "ScoreStatistics",
+    "amapo_loss",
+    "dpo_loss",
+    "sequence_logps",
+    "simpo_loss",
+]

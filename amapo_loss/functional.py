@@ -1,0 +1,251 @@
+"""The losses: check, score, statistics, margin, objective. Read from the top; everything else is called from here."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amapo_loss import checks, kernels, reference
+from amapo_loss.diagnostics import Diagnostics
+from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.statistics import ScoreStatistics
+
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "torch"]
+
+
+class AMaPOOutput(NamedTuple):
+    """A loss to call `backward()` on, 0-dim (or [B] with `reduction="none"`), and what the batch looked like."""
+
+    loss: Tensor
+    diagnostics: Diagnostics
+
+
+def amapo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    beta: float = 2.0,
+    label_smoothing: float = 0.0,
+    margin: AdaptiveMargin = AdaptiveMargin(),
+    statistics: ScoreStatistics | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> AMaPOOutput:
+    r"""The AMaPO loss of a batch of preference pairs.
+
+    $$d_i = \frac{\log\pi(y_w) - \log\mathrm{ref}(y_w)}{|y_w|} - \frac{\log\pi(y_l) - \log\mathrm{ref}(y_l)}{|y_l|},
+      \qquad r_i = \beta d_i$$
+    $$L_i = (1 - \epsilon)\,\mathrm{softplus}(h_i - r_i) + \epsilon\,\mathrm{softplus}(r_i - h_i)$$
+
+    with $h_i$ the adaptive margin (see `AdaptiveMargin`), made from the mean and the standard deviation of the
+    batch's scores $r$ and always under stop-gradient. Without a reference $r$ is SimPO's implicit reward, with summed
+    log-probs and a reference it is DPO's.
+
+    Args:
+        chosen_logps: [B] log-probs in nats of the chosen responses: averages over the response's tokens, as the paper
+            trains on (`sequence_logps`), or sums, see `chosen_lengths`. Any floating dtype, any strides; bfloat16 and
+            float16 are computed in float32, and gradients come back in the input's dtype.
+        rejected_logps: [B] those of the rejected responses.
+        ref_chosen_logps: [B] the reference model's log-probs, summed or averaged as the policy's are; with
+            `ref_rejected_logps` or not at all. Pass them without a graph: gradients would flow into them, too.
+        ref_rejected_logps: [B] those of the rejected responses.
+        chosen_lengths: [B] tokens in each chosen response, integer or floating. Given, with `rejected_lengths`, the
+            log-probs are sums and are divided by them; a length of 0 counts as 1.
+        rejected_lengths: [B] those of the rejected responses.
+        beta: scale of the ranking score, > 0. The authors trained with 2.0 to 3.0, on averages.
+        label_smoothing: $\epsilon$ in [0, 0.5), the share of pairs believed to be labelled the wrong way round.
+        margin: which formula, and which of its parts; see `AdaptiveMargin`.
+        statistics: the mean and the standard deviation to take the margins from, in score units, instead of this
+            batch's own: with those of a whole optimizer batch, its micro-batches add up to exactly its gradient.
+        reduction: `"mean"` over the B pairs (0 if there is none), `"sum"`, or `"none"` for the [B] losses.
+        backend: `"torch"` or `"triton"`; `"auto"` takes the fastest that can run.
+
+    Returns:
+        `AMaPOOutput(loss, diagnostics)`, in float32 (float64 where an input is). A NaN or infinite log-prob makes the
+        loss NaN and is counted by `diagnostics.summary()["amapo/nonfinite"]`. One pair alone has no spread: its margin
+        is 0. Nothing here waits for the device.
+
+    Raises:
+        TypeError: for log-probs that are no floating tensors, lengths that are no real tensors, a `beta` or
+            `label_smoothing` that is no number, a `margin` or `statistics` of another type.
+        ValueError: for shapes that are not 1-D or differ, devices that differ, one reference or length without the
+            other, a `beta` or `label_smoothing` out of range, an unknown `reduction` or `backend`.
+        RuntimeError: for `backend="triton"` where it cannot run; says why.
+
+    Example:
+        >>> chosen_logps = torch.tensor([-1.0, -1.2, -0.9], requires_grad=True)
+        >>> rejected_logps = torch.tensor([-1.4, -1.1, -1.6], requires_grad=True)
+        >>> loss, diagnostics = amapo_loss(chosen_logps, rejected_logps, beta=2.0)
+        >>> loss.backward()
+        >>> diagnostics.margins  # only the misranked pair, below the mean, has one
+        tensor([0.0000, 4.2854, 0.0000])
+        >>> chosen_logps.grad  # and is pulled hardest
+        tensor([-0.2067, -0.6594, -0.1319])
+
+    Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
+    """
+    check_options(beta, label_smoothing, margin, statistics, reduction, backend)
+    pairs = _pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    d = pairs.d.detach()
+    if statistics is None:
+        mean, std, count = ScoreStatistics.of(d)
+        statistics = ScoreStatistics(beta * mean, beta * std, count)
+    else:
+        for name in ("mean", "std"):
+            checks.scalar(f"statistics.{name}", getattr(statistics, name), d.device)
+        mean, std = (value.detach().to(d.dtype) / beta for value in (statistics.mean, statistics.std))
+    h = d if len(d) == 0 else reference.adaptive_margins(d, mean, std, pairs.terms.abs().amax(), beta, margin)
+    return _output(pairs, h, statistics, beta, label_smoothing, reduction)
+
+
+def dpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> AMaPOOutput:
+    r"""The DPO loss: `amapo_loss` without a margin, $h_i = 0$.
+
+    Args, what comes back and what raises are those of `amapo_loss`; the reference is required, and the usual `beta`
+    of 0.1 is meant for summed log-probs.
+
+    Example:
+        >>> logps = torch.tensor([-12.0, -20.0])
+        >>> dpo_loss(logps, logps - 3, logps, logps, beta=0.1).loss
+        tensor(0.5544)
+
+    Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
+    """
+    _check_objective(beta, label_smoothing, reduction)
+    checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
+    pairs = _pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+    )
+    return _constant_margin(pairs, 0.0, beta, label_smoothing, reduction)
+
+
+def simpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> AMaPOOutput:
+    r"""The SimPO loss: `amapo_loss` without a reference and with one margin for every pair, $h_i = \gamma$.
+
+    Args, what comes back and what raises are those of `amapo_loss`, and:
+        gamma: the margin in score units, finite; SimPO's "gamma/beta ratio" is `gamma / beta`.
+
+    Example:
+        >>> logps = torch.tensor([-1.2, -2.0])
+        >>> simpo_loss(logps, logps - 0.25, beta=2.0, gamma=0.5).loss
+        tensor(0.6931)
+
+    Source: arXiv 2405.14734, equation 6.
+    """
+    _check_objective(beta, label_smoothing, reduction)
+    checks.number("gamma", gamma)
+    pairs = _pairs(chosen_logps, rejected_logps, None, None, chosen_lengths, rejected_lengths)
+    return _constant_margin(pairs, gamma, beta, label_smoothing, reduction)
+
+
+def check_options(
+    beta: float,
+    label_smoothing: float,
+    margin: AdaptiveMargin,
+    statistics: ScoreStatistics | None,
+    reduction: Reduction,
+    backend: Backend,
+) -> None:
+    """Raise for options that `amapo_loss` does not accept, whatever the batch."""
+    _check_objective(beta, label_smoothing, reduction)
+    checks.instance("margin", margin, AdaptiveMargin)
+    if statistics is not None:
+        checks.instance("statistics", statistics, ScoreStatistics)
+    checks.choice("backend", backend, Backend)
+    if backend == "triton" and (reason := kernels.unavailable()):
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+
+
+def _check_objective(beta: float, label_smoothing: float, reduction: Reduction) -> None:
+    checks.number("beta", beta, above=0)
+    checks.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    checks.choice("reduction", reduction, Reduction)
+
+
+class _Pairs(NamedTuple):
+    """What the objective is made of, from checked arguments, in one floating dtype, float32 at least."""
+
+    d: Tensor  # [B] log-ratio differences, with their graph
+    terms: Tensor  # [3 or 7, B], detached: d, the chosen and the rejected log-ratios, and what those were taken from
+    policy: tuple[Tensor, ...]  # the policy's log-probs, chosen and rejected, as they came
+
+
+def _pairs(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+) -> _Pairs:
+    ref = checks.both_or_neither("ref_chosen_logps", ref_chosen_logps, "ref_rejected_logps", ref_rejected_logps)
+    lengths = checks.both_or_neither("chosen_lengths", chosen_lengths, "rejected_lengths", rejected_lengths)
+    logps = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps, **ref}
+    dtype = torch.float32
+    for name, tensor in logps.items():
+        dtype = torch.promote_types(dtype, checks.floating(name, tensor).dtype)
+    for name, tensor in lengths.items():
+        checks.real(name, tensor)
+    checks.aligned(logps | lengths)
+
+    policy_logps = (chosen_logps.to(dtype), rejected_logps.to(dtype))
+    ref_logps = tuple(tensor.to(dtype) for tensor in ref.values()) or (None, None)
+    sizes = tuple(tensor.to(dtype) for tensor in lengths.values()) or (None, None)
+    chosen, rejected = map(reference.log_ratio, policy_logps, ref_logps, sizes)
+    d = chosen - rejected
+    operands = map(reference.log_ratio, policy_logps + ref_logps, (None,) * 4, sizes * 2) if ref else ()
+    return _Pairs(d, torch.stack((d, chosen, rejected, *operands)).detach(), policy_logps)
+
+
+def _constant_margin(
+    pairs: _Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
+) -> AMaPOOutput:
+    mean, std, count = ScoreStatistics.of(pairs.d)
+    h = gamma + 0 * pairs.d.detach()  # NaN for a pair that is not finite, whose loss is NaN then
+    return _output(pairs, h, ScoreStatistics(beta * mean, beta * std, count), beta, label_smoothing, reduction)
+
+
+def _output(
+    pairs: _Pairs, h: Tensor, statistics: ScoreStatistics, beta: float, label_smoothing: float, reduction: Reduction
+) -> AMaPOOutput:
+    losses, weights = reference.pair_losses(pairs.d, h, beta, label_smoothing)
+    if reduction == "none":
+        loss = losses
+    elif reduction == "sum" or len(h) == 0:  # over no pairs the sum, unlike the mean, is 0 and backpropagates
+        loss = losses.sum()
+    else:
+        loss = losses.mean()
+    scores, chosen_rewards, rejected_rewards, *_ = (beta * pairs.terms).unbind()
+    chosen_logps, rejected_logps = (logps.detach() for logps in pairs.policy)
+    diagnostics = Diagnostics(
+        scores, h, weights, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps, statistics
+    )
+    return AMaPOOutput(loss, diagnostics)

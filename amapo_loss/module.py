@@ -1,0 +1,82 @@
+"""`AMaPOLoss`: the loss as a module, with the call and the triple of the DPO losses people already have."""
+
+from torch import Tensor, nn
+
+from amapo_loss.diagnostics import Diagnostics
+from amapo_loss.functional import Backend, Reduction, amapo_loss, check_options
+from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.statistics import ScoreStatistics
+
+
+class AMaPOLoss(nn.Module):
+    r"""`amapo_loss` with its options set once, called as a DPO loss is called.
+
+    Args:
+        beta, label_smoothing, margin, statistics, reduction, backend: as in `amapo_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `amapo_loss`; for the options, on construction.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = AMaPOLoss(beta=2.0)  # in place of DPOLoss(beta=0.1)
+        >>> loss, chosen_rewards, rejected_rewards = loss_fn(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
+        >>> loss
+        tensor(2.1374)
+        >>> loss_fn.diagnostics.summary()["rewards/margins"]
+        tensor(0.5000)
+
+    Source: arXiv 2511.09385, section 4.
+    """
+
+    diagnostics: Diagnostics | None
+    """What the last batch looked like; None before the first call."""
+
+    def __init__(
+        self,
+        beta: float = 2.0,
+        label_smoothing: float = 0.0,
+        margin: AdaptiveMargin = AdaptiveMargin(),
+        statistics: ScoreStatistics | None = None,
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        check_options(beta, label_smoothing, margin, statistics, reduction, backend)
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.margin = margin
+        self.statistics = statistics
+        self.reduction = reduction
+        self.backend = backend
+        self.diagnostics = None
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and, detached, the [B] rewards of the chosen and of the rejected responses."""
+        loss, self.diagnostics = amapo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            margin=self.margin,
+            statistics=self.statistics,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+        return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, label_smoothing={self.label_smoothing}, margin={self.margin}"

@@ -1,0 +1,70 @@
+r"""The mathematics of AMaPO in plain PyTorch, in the order and the symbols of the paper (arXiv 2511.09385).
+
+    d = log-ratio difference    r = beta * d    h = margin    L = (1 - eps) softplus(h - r) + eps softplus(r - h)
+
+Every other backend is held against this file. It knows tensors and `AdaptiveMargin`; arguments are checked, of one
+floating dtype, and [B] where nothing else is said, before they come here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amapo_loss.margin import AdaptiveMargin
+
+# exp(60) is far beyond where the gradient saturates, and a million such losses still add up to a finite float32.
+MAX_EXPONENT = 60.0
+
+
+def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """(log pi(y) - log ref(y)) / |y|, each part where it is given; an empty response counts as one token of log-prob 0."""
+    ratio = logps if ref_logps is None else logps - ref_logps
+    return ratio if lengths is None else ratio / lengths.masked_fill(lengths == 0, 1)
+
+
+def adaptive_margins(
+    d: Tensor, mean: Tensor, std: Tensor, magnitude: Tensor, beta: float, margin: AdaptiveMargin
+) -> Tensor:
+    """The margins h [B] of pairs with log-ratio differences d [B], B > 0; all detached.
+
+    `mean` and `std` are 0-dim and in the units of d, where beta cannot round them. `magnitude`, 0-dim, is that of the
+    largest log-prob behind d: its rounding is the least that a spread must exceed to mean anything.
+    """
+    eps = torch.finfo(d.dtype).eps
+    largest = d.abs().amax()
+    rounding = 2 * eps * largest
+    spread = std.masked_fill(std <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0
+    # What is within rounding of 0, or of the mean, is there, so that no gate depends on the order of a sum.
+    mean = mean * (mean.abs() > rounding)
+    below = mean - d
+    z = below * (below.abs() > rounding) / spread
+    if not margin.normalize:
+        z = (z > 0).to(d.dtype)
+
+    gamma = z * (beta * mean if margin.formula == "paper" else mean)
+    if margin.scaling == "exp":
+        h = beta * gamma.clamp_max(MAX_EXPONENT).exp()
+    else:
+        h = gamma if margin.formula == "paper" else beta * gamma
+    if margin.clip:
+        h = h * (gamma if margin.formula == "paper" else z).sign().relu()  # 1 behind the open gate, else 0
+    else:
+        h = h * spread.isfinite()
+    return torch.add(h, largest, alpha=0)  # + 0, or NaN for everybody if one score is not finite
+
+
+def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The losses L [B], differentiable in d, and the gradient weights w = -dL/dr [B], detached.
+
+    With y = h - r, softplus(-y) = softplus(y) - y turns the two terms of L into softplus(y) - eps y, and w is
+    sigmoid(y) - eps. Both keep their relative precision for pairs that rank far above their margin, y << 0.
+    """
+    shortfall = torch.sub(h, d, alpha=beta)
+    losses = F.softplus(shortfall, threshold=40.0)  # the default, 20, is visible in float64
+    weights = shortfall.detach().sigmoid()
+    if label_smoothing:
+        losses = losses - label_smoothing * shortfall
+        weights = weights - label_smoothing
+    return losses, weights

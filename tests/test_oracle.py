@@ -1,0 +1,306 @@
+"""An independent oracle in float64 NumPy with a hand-derived gradient, and the library held against it.
+
+The oracle shares no code with the package. It is written from the paper's equations, and it bounds its own answers: every
+result is an interval, as wide as the rounding of the tested arithmetic (`unit`, its machine epsilon) can make it. The
+gate of the margin is a jump, so a pair that this rounding may put on either side of it (`at_gate`) may also have the
+margin 0; no other pair is let off.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, amapo_loss, dpo_loss, simpo_loss
+
+Array = NDArray[np.float64]
+
+MARGINS = [
+    AdaptiveMargin(formula, normalize, scaling, clip)
+    for formula in ("paper", "released")
+    for normalize in (True, False)
+    for scaling in ("exp", "linear")
+    for clip in (True, False)
+]
+
+
+class Interval(NamedTuple):
+    low: Array
+    high: Array
+
+    def contains(self, actual: Array, slack: float | Array = 0.0) -> bool:
+        return bool(np.all((self.low - slack <= actual) & (actual <= self.high + slack)))
+
+
+def smallest(unit: float) -> float:
+    """Below this the precision of the arithmetic ends."""
+    return 2 * float(np.finfo(np.float64 if unit < 1e-10 else np.float32).tiny)
+
+
+class Oracle(NamedTuple):
+    losses: Interval
+    weights: Interval  # -dL/dr
+    margins: Interval
+    at_gate: NDArray[np.bool_]
+    chosen_gradient: Interval  # of the summed losses in the policy's log-probs
+    summary: dict[str, tuple[float, float]]  # value, tolerance
+
+
+def adaptive_margins(
+    d: Array, d_error: Array, magnitude: float, beta: float, margin: AdaptiveMargin,
+    statistics: tuple[float, float] | None, unit: float,
+) -> tuple[Interval, NDArray[np.bool_], tuple[float, float], float]:  # fmt: skip
+    """Margins, which of them may be 0 as well, (mean, std) and the error of the mean, in the units of d."""
+    n = len(d)
+    rounding = 2 * unit * np.abs(d).max()
+    if statistics is None:
+        mean = math.fsum(d) / n
+        std = math.sqrt(math.fsum((d - mean) ** 2) / (n - 1)) if n > 1 else 0.0
+        mean_error = d_error.mean() + rounding
+        std_error = math.sqrt((d_error**2).sum() / max(n - 1, 1)) + 16 * unit * std
+    else:
+        mean, std = statistics[0] / beta, statistics[1] / beta
+        mean_error, std_error = 2 * unit * abs(mean), 2 * unit * std
+    threshold = 8 * unit * magnitude
+    zero = np.zeros(n)
+    if std + std_error < threshold * (1 - 4 * unit) or std == 0:
+        return Interval(zero, zero), np.zeros(n, bool), (mean, std), mean_error
+    either = np.full(n, std - std_error <= threshold * (1 + 4 * unit))
+    spread = max(std - std_error, std / 8)
+
+    below = mean - d
+    below_error = mean_error + d_error + unit * np.abs(below) + rounding
+    factor = (beta if margin.formula == "paper" else 1.0) * mean
+    factor_error = (beta if margin.formula == "paper" else 1.0) * (mean_error + rounding) + 2 * unit * abs(factor)
+    uncertain = np.abs(below) <= rounding + below_error
+    if margin.normalize:
+        z = below / std
+        z_error = (below_error + np.abs(z) * std_error) / spread + 2 * unit * np.abs(z)
+        z_low, z_high = z - z_error, z + z_error
+    else:
+        z = (below > 0).astype(float)
+        z_low, z_high = np.where(uncertain, 0.0, z), np.where(uncertain, 1.0, z)
+    corners = np.stack([zs * f for zs in (z_low, z_high) for f in (factor - factor_error, factor + factor_error)])
+    gamma_low, gamma_high = corners.min(0), corners.max(0)
+    if margin.scaling == "exp":
+        low = beta * np.exp(np.minimum(gamma_low - 4 * unit * np.abs(gamma_low), 60)) * (1 - 16 * unit) - smallest(unit)
+        high = beta * np.exp(np.minimum(gamma_high + 4 * unit * np.abs(gamma_high), 60)) * (1 + 16 * unit) + smallest(unit)
+    else:
+        scale = 1.0 if margin.formula == "paper" else beta
+        low = scale * (gamma_low - 4 * unit * np.abs(gamma_low))
+        high = scale * (gamma_high + 4 * unit * np.abs(gamma_high))
+    if margin.clip:
+        if margin.formula == "paper":
+            is_open = (z > 0) & (mean > 0) if not margin.normalize else z * mean > 0
+            either |= uncertain | (abs(mean) <= rounding + mean_error)
+        else:
+            is_open = z > 0
+            either |= uncertain
+        low, high = (np.where(is_open | either, bound, 0.0) for bound in (low, high))
+    return Interval(low, high), either, (mean, std), mean_error
+
+
+def oracle(
+    chosen: Array, rejected: Array, ref_chosen: Array | None = None, ref_rejected: Array | None = None, *,
+    chosen_lengths: Array | None = None, rejected_lengths: Array | None = None, beta: float,
+    label_smoothing: float = 0.0, margin: AdaptiveMargin | float, statistics: tuple[float, float] | None = None,
+    unit: float,
+) -> Oracle:  # fmt: skip
+    """Everything a batch of at least one pair must give. A number for `margin` is a constant margin."""
+    n, eps = len(chosen), label_smoothing
+    size = [np.ones(n) if s is None else np.where(s == 0, 1, s) for s in (chosen_lengths, rejected_lengths)]
+    refs = [np.zeros(n) if ref is None else ref for ref in (ref_chosen, ref_rejected)]
+    a, b = (chosen - refs[0]) / size[0], (rejected - refs[1]) / size[1]
+    d = a - b
+    derived = ref_chosen is not None or chosen_lengths is not None
+    d_error = unit * (np.abs(d) + (np.abs(a) + np.abs(b) if derived else 0.0))
+    terms = [d, a, b, *([chosen / size[0], rejected / size[1], refs[0] / size[0], refs[1] / size[1]] if derived else [])]
+    magnitude = float(np.abs(terms).max())
+
+    if isinstance(margin, AdaptiveMargin):
+        h, at_gate, (mean, std), mean_error = adaptive_margins(
+            d, d_error, magnitude, beta, margin, statistics, unit
+        )
+    else:
+        h, at_gate = Interval(np.full(n, margin), np.full(n, margin)), np.zeros(n, bool)
+        _, _, (mean, std), mean_error = adaptive_margins(d, d_error, magnitude, beta, MARGINS[0], None, unit)
+
+    r, r_error = beta * d, beta * d_error + 2 * unit * np.abs(beta * d)
+    h_low = np.where(at_gate, np.minimum(h.low, 0.0), h.low)
+    h_high = np.where(at_gate, np.maximum(h.high, 0.0), h.high)
+    # L and w fall in x = r - h: softplus by log(1 + e^x), and dL/dx = eps sigmoid(x) - (1 - eps) sigmoid(-x).
+    x_low, x_high = r - r_error - h_high, r + r_error - h_low
+    x_low, x_high = x_low - unit * np.abs(x_low), x_high + unit * np.abs(x_high)
+
+    def loss(x: Array) -> Array:
+        return (1 - eps) * np.logaddexp(0, -x) + eps * np.logaddexp(0, x)
+
+    def weight(x: Array) -> Array:
+        return (1 - eps) * np.exp(-np.logaddexp(0, x)) - eps * np.exp(-np.logaddexp(0, -x))
+
+    # The smoothed loss has its minimum inside where x_low < log((1 - eps) / eps) < x_high.
+    bottom = math.log((1 - eps) / eps) if eps else math.inf
+    ends = np.stack([loss(x_low), loss(x_high), loss(np.clip(bottom, x_low, x_high))])
+    size_of_terms = np.abs(ends).max(0) + eps * np.maximum(np.abs(x_low), np.abs(x_high))
+    floor = smallest(unit)
+    w_ends = weight(x_high), weight(x_low)
+    slack = [16 * unit * size + floor for size in (size_of_terms, *(np.abs(w) + eps for w in w_ends))]
+    losses = Interval(ends.min(0) - slack[0], ends.max(0) + slack[0])
+    weights = Interval(w_ends[0] - slack[1], w_ends[1] + slack[2])
+    gradient = Interval(-weights.high * beta / size[0] , -weights.low * beta / size[0])
+
+    tiny = 64 * unit
+    correct, misranked = d > 0, d <= 0
+    sign_unknown = derived * (np.abs(d) <= d_error)
+    rank_unknown = np.abs(d - mean) <= 2 * (mean_error + d_error)
+    middle = [(interval.low + interval.high) / 2 for interval in (h, weights)]
+    half = [np.maximum(h_high, h.high) - np.minimum(h_low, h.low), (weights.high - weights.low) / 2]
+
+    def mean_of(x: Array, error: Array | float = 0.0) -> tuple[float, float]:
+        return float(x.mean()), float(np.mean(error + np.zeros(n)) + tiny * np.abs(x).mean() + 1e-37)
+
+    def share_of(x: NDArray[np.bool_], unknown: NDArray[Any]) -> tuple[float, float]:
+        return float(x.mean()), float(unknown.mean() + tiny)
+
+    def group_mean(group: NDArray[np.bool_]) -> tuple[float, float]:
+        if sign_unknown.any():
+            return 0.0, 1.0
+        return mean_of_group(middle[1][group], half[1][group]) if group.any() else (0.0, 0.0)
+
+    def mean_of_group(x: Array, error: Array) -> tuple[float, float]:
+        return float(x.mean()), float(error.mean() + tiny * np.abs(x).mean() + 1e-37)
+
+    ab_error = beta * unit * 4 * (np.abs(a) + np.abs(b))
+    summary = {
+        "rewards/chosen": mean_of(beta * a, ab_error),
+        "rewards/rejected": mean_of(beta * b, ab_error),
+        "rewards/accuracies": share_of(correct, sign_unknown),
+        "rewards/margins": mean_of(r, r_error),
+        "logps/chosen": mean_of(chosen),
+        "logps/rejected": mean_of(rejected),
+        "amapo/score_mean": (beta * mean, beta * mean_error + tiny * abs(beta * mean) + 1e-37),
+        "amapo/score_std": (beta * std, beta * 2 * d_error.max() * math.sqrt(2) + tiny * beta * std + 1e-37),
+        "amapo/margin_mean": mean_of(middle[0], half[0]),
+        "amapo/margin_max": (float(h_high.max()), float(half[0].max() + tiny * np.abs(h_high).max())),
+        "amapo/margin_active": share_of(h.low > 0, at_gate | ((h.low <= 0) & (h.high > 0))),
+        "amapo/margin_accuracies": share_of(d > mean, rank_unknown),
+        "amapo/gradient_weight_correct": group_mean(correct),
+        "amapo/gradient_weight_misranked": group_mean(misranked),
+        "amapo/nonfinite": (0.0, 0.0),
+    }
+    return Oracle(losses, weights, h, at_gate, gradient, summary)
+
+
+def assert_matches(actual: AMaPOOutput, chosen: torch.Tensor, expected: Oracle, reduction: str, unit: float) -> None:
+    """Value, gradient, margins, weights and every entry of the summary."""
+    loss, diagnostics = actual
+    margins = diagnostics.margins.double().numpy()
+    inside = (expected.margins.low <= margins) & (margins <= expected.margins.high)
+    assert np.all(inside | (expected.at_gate & (margins == 0))), "margins"
+    assert expected.weights.contains(diagnostics.gradient_weights.double().numpy()), "weights"
+
+    n = len(margins)
+    low, high = expected.losses
+    if reduction != "none":
+        low, high = low.sum(), high.sum()
+        slack = 64 * unit * max(abs(low), abs(high))
+        scale = n if reduction == "mean" else 1
+        low, high = (low - slack) / scale, (high + slack) / scale
+    value = loss.detach().double().numpy()
+    assert np.all((low <= value) & (value <= high)), f"loss {value} outside [{low}, {high}]"
+
+    loss.sum().backward()
+    assert chosen.grad is not None
+    scale = n if reduction == "mean" else 1
+    gradient = chosen.grad.double().numpy() * scale
+    step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(chosen.dtype, 4 * unit)
+    subnormal = {torch.float16: 2.0**-24 * scale}.get(chosen.dtype, 1e-37)
+    bound = np.maximum(np.abs(expected.chosen_gradient.low), np.abs(expected.chosen_gradient.high))
+    assert expected.chosen_gradient.contains(gradient, step * bound + subnormal), "gradient"
+
+    summary = diagnostics.summary()
+    assert summary.keys() == expected.summary.keys()
+    for name, (value, tolerance) in expected.summary.items():
+        assert summary[name].ndim == 0
+        assert abs(summary[name].item() - value) <= tolerance, f"{name}: {summary[name].item()}, expected {value}"
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Chosen and rejected log-probs: any size and scale, negative and positive means, ties, outliers."""
+    n = draw(st.one_of(st.integers(1, 9), st.integers(10, 3000)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = 10.0 ** draw(st.floats(-6, 4))
+    chosen = rng.normal(draw(st.floats(-3, 3)), 1, n)
+    rejected = rng.normal(0, draw(st.sampled_from([0.0, 1e-3, 1.0])), n) + draw(st.sampled_from([0.0, -100.0]))
+    shape = draw(st.sampled_from(["plain", "plain", "ties", "outlier", "equal differences"]))
+    if shape == "ties":
+        chosen, rejected = np.round(chosen * 2) / 2, np.round(rejected * 2) / 2
+    elif shape == "outlier":
+        chosen[rng.integers(n)] *= 1e3
+    elif shape == "equal differences":
+        chosen = rejected + 0.3
+    return chosen * scale, rejected * scale
+
+
+options = st.fixed_dictionaries(
+    {
+        "beta": st.sampled_from([0.01, 0.1, 1.0, 2.0, 3.0, 10.0]),
+        "label_smoothing": st.sampled_from([0.0, 0.0, 0.1, 0.49]),
+    }
+)
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16])
+
+
+def tensors(arrays: dict[str, Array | None], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(array).to(dtype) for name, array in arrays.items() if array is not None}
+
+
+def as_float64(given: dict[str, torch.Tensor]) -> dict[str, Array]:
+    """What the library really gets: the values after rounding to its dtype."""
+    return {name: tensor.double().numpy() for name, tensor in given.items()}
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    return 2.0**-52 if dtype == torch.float64 else 2.0**-23
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    batches(), st.sampled_from(MARGINS), options, dtypes, st.booleans(), st.booleans(),
+    st.sampled_from(["mean", "sum", "none"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_amapo(
+    batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float], dtype: torch.dtype,
+    with_ref: bool, with_lengths: bool, reduction: Any, seed: int,
+) -> None:  # fmt: skip
+    chosen, rejected = batch
+    if dtype == torch.float16:
+        chosen, rejected = np.clip(chosen, -6e4, 6e4), np.clip(rejected, -6e4, 6e4)
+    rng = np.random.default_rng(seed)
+    n = len(chosen)
+    noise = np.abs(chosen).mean() * rng.normal(0, 0.3, (2, n))
+    given = tensors(
+        {
+            "chosen_logps": chosen,
+            "rejected_logps": rejected,
+            "ref_chosen_logps": chosen + noise[0] if with_ref else None,
+            "ref_rejected_logps": rejected + noise[1] if with_ref else None,
+        },
+        dtype,
+    )
+    sizes = {"chosen_lengths": rng.integers(0, 50, n), "rejected_lengths": rng.integers(1, 50, n)} if with_lengths else {}
+    if not all(tensor.isfinite().all() for tensor in given.values()):
+        return  # float16 overflowed: the edge table's case
+    arrays = {name.removesuffix("_logps"): array for name, array in as_float64(given).items()}
+    unit = unit_of(dtype)
+    expected = oracle(**arrays, **{k: v.astype(float) for k, v in sizes.items()}, **options, margin=margin, unit=unit)  # type: ignore[arg-type]
+    given["chosen_logps"].requires_grad_()
+    lengths = {name: torch.tensor(size) for name, size in sizes.items()}
+    actual = amapo_loss(**given, **lengths, **options, margin=margin, reduction=reduction)
+    assert_matches(actual, given["chosen_logps"], expected, reduction, unit)
