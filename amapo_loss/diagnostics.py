@@ -15,13 +15,14 @@ class Diagnostics(NamedTuple):
         scores: [B] ranking scores $r_i = \beta d_i$; a pair is ranked correctly where $r_i > 0$.
         margins: [B] margins $h_i$.
         gradient_weights: [B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair.
-        chosen_rewards: [B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, the reference and the length where given.
+        chosen_rewards: [B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, reference and length where given.
         rejected_rewards: [B] the same of the rejected responses.
         chosen_logps: [B] the policy's log-probs of the chosen responses, as they were passed.
         rejected_logps: [B] those of the rejected responses.
         statistics: the mean and standard deviation that the margins were made from, in score units.
 
     All but `statistics.count` are float32, or float64 where an input was.
+
     """
 
     scores: Tensor
@@ -55,6 +56,7 @@ class Diagnostics(NamedTuple):
             >>> _, diagnostics = amapo_loss(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)
+
         """
         correct, misranked = self.scores > 0, self.scores <= 0
         zero = torch.zeros_like(self.scores)
@@ -72,14 +74,14 @@ class Diagnostics(NamedTuple):
             "amapo/gradient_weight_misranked": torch.where(misranked, self.gradient_weights, zero),
             "amapo/nonfinite": ~self.scores.isfinite(),
         }
+        totals = torch.stack([column.to(zero.dtype) for column in columns.values()]).sum(1)
         n = self.scores.shape[0]
-        totals = dict(zip(columns, torch.stack([column.to(zero.dtype) for column in columns.values()]).sum(1).unbind()))
-        group_sizes = dict.fromkeys(columns, max(n, 1)) | {
+        group_sizes: dict[str, Tensor | int] = {
             "amapo/gradient_weight_correct": correct.sum().clamp(min=1),
             "amapo/gradient_weight_misranked": misranked.sum().clamp(min=1),
             "amapo/nonfinite": 1,
         }
-        summary = {name: total / group_sizes[name] for name, total in totals.items()} | {
+        summary = {name: total / group_sizes.get(name, max(n, 1)) for name, total in zip(columns, totals)} | {
             "amapo/score_mean": self.statistics.mean,
             "amapo/score_std": self.statistics.std,
             "amapo/margin_max": self.margins.amax() if n else zero.sum(),

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from amapo_loss import checks, kernels, reference
+from amapo_loss import checks, reference
 from amapo_loss.diagnostics import Diagnostics
+from amapo_loss.kernels import unavailable_reason
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import ScoreStatistics
 
@@ -83,16 +84,15 @@ def amapo_loss(
         >>> loss, diagnostics = amapo_loss(chosen_logps, rejected_logps, beta=2.0)
         >>> loss.backward()
         >>> diagnostics.margins  # only the misranked pair, below the mean, has one
-        tensor([0.0000, 4.2854, 0.0000])
+        tensor([0.0000, 4.0876, 0.0000])
         >>> chosen_logps.grad  # and is pulled hardest
-        tensor([-0.2067, -0.6594, -0.1319])
+        tensor([-0.2067, -0.6576, -0.1319])
 
     Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
+
     """
     check_options(beta, label_smoothing, margin, statistics, reduction, backend)
-    pairs = _pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
-    )
+    pairs = _pairs(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
     d = pairs.d.detach()
     if statistics is None:
         mean, std, count = ScoreStatistics.of(d)
@@ -128,12 +128,11 @@ def dpo_loss(
         tensor(0.5544)
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
+
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
-    pairs = _pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
-    )
+    pairs = _pairs(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
     return _constant_margin(pairs, 0.0, beta, label_smoothing, reduction)
 
 
@@ -159,6 +158,7 @@ def simpo_loss(
         tensor(0.6931)
 
     Source: arXiv 2405.14734, equation 6.
+
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.number("gamma", gamma)
@@ -180,7 +180,7 @@ def check_options(
     if statistics is not None:
         checks.instance("statistics", statistics, ScoreStatistics)
     checks.choice("backend", backend, Backend)
-    if backend == "triton" and (reason := kernels.unavailable()):
+    if backend == "triton" and (reason := unavailable_reason()):
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
 
 
@@ -217,9 +217,9 @@ def _pairs(
     checks.aligned(logps | lengths)
 
     policy_logps = (chosen_logps.to(dtype), rejected_logps.to(dtype))
-    ref_logps = tuple(tensor.to(dtype) for tensor in ref.values()) or (None, None)
+    ref_logps = tuple(tensor.to(dtype) for tensor in ref.values())
     sizes = tuple(tensor.to(dtype) for tensor in lengths.values()) or (None, None)
-    chosen, rejected = map(reference.log_ratio, policy_logps, ref_logps, sizes)
+    chosen, rejected = map(reference.log_ratio, policy_logps, ref_logps or (None, None), sizes)
     d = chosen - rejected
     operands = map(reference.log_ratio, policy_logps + ref_logps, (None,) * 4, sizes * 2) if ref else ()
     return _Pairs(d, torch.stack((d, chosen, rejected, *operands)).detach(), policy_logps)

@@ -1,4 +1,4 @@
-"""From a language model's logits to the log-prob of each sequence. Knows tensors, and of the package only the checks."""
+"""From a language model's logits to the log-probs of sequences. Knows tensors, and of the package only the checks."""
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ def sequence_logps(
         tensor([-2.7726])
 
     Source: arXiv 2405.14734, equation 3.
+
     """
     checks.floating("logits", logits)
     checks.token_ids("labels", labels)

@@ -37,6 +37,7 @@ class AdaptiveMargin:
         AdaptiveMargin(formula='released', normalize=True, scaling='linear', clip=True)
 
     Source: arXiv 2511.09385, section 4 (the margin) and Table 5 (the switches).
+
     """
 
     formula: Formula = "paper"

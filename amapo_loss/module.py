@@ -22,11 +22,12 @@ class AMaPOLoss(nn.Module):
         >>> loss_fn = AMaPOLoss(beta=2.0)  # in place of DPOLoss(beta=0.1)
         >>> loss, chosen_rewards, rejected_rewards = loss_fn(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
         >>> loss
-        tensor(2.1374)
+        tensor(1.9981)
         >>> loss_fn.diagnostics.summary()["rewards/margins"]
         tensor(0.5000)
 
     Source: arXiv 2511.09385, section 4.
+
     """
 
     diagnostics: Diagnostics | None
@@ -79,4 +80,5 @@ class AMaPOLoss(nn.Module):
         return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
 
     def extra_repr(self) -> str:
+        """The options that `print(model)` shows."""
         return f"beta={self.beta}, label_smoothing={self.label_smoothing}, margin={self.margin}"

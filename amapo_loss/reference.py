@@ -19,7 +19,7 @@ MAX_EXPONENT = 60.0
 
 
 def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """(log pi(y) - log ref(y)) / |y|, each part where it is given; an empty response counts as one token of log-prob 0."""
+    """(log pi(y) - log ref(y)) / |y|, each part where it is given; an empty response counts as one token."""
     ratio = logps if ref_logps is None else logps - ref_logps
     return ratio if lengths is None else ratio / lengths.masked_fill(lengths == 0, 1)
 

@@ -18,11 +18,12 @@ class ScoreStatistics(NamedTuple):
 
     Hand one to `amapo_loss(..., statistics=)` to decide yourself which pairs define the margin, for example those of a
     whole optimizer batch while the gradient accumulates over its micro-batches.
+
     """
 
     mean: Tensor
     std: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
     @classmethod
     def of(cls, scores: Tensor) -> "ScoreStatistics":
@@ -41,6 +42,7 @@ class ScoreStatistics(NamedTuple):
         Example:
             >>> ScoreStatistics.of(torch.tensor([1.0, 2.0, 3.0]))
             ScoreStatistics(mean=tensor(2.), std=tensor(1.), count=tensor(3))
+
         """
         checks.aligned({"scores": checks.floating("scores", scores)})
         n = scores.shape[0]
@@ -48,7 +50,7 @@ class ScoreStatistics(NamedTuple):
         scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
         if n == 0:
             return cls(scores.sum(), scores.sum(), count)
-        # Welford's recurrence: equal scores deviate by exactly 0, as they need not with mean() and std(). The rounding of
-        # its mean grows with n, and a pair at the mean must be seen there: add the mean of what is left.
+        # Welford's recurrence: equal scores deviate by exactly 0, as they need not from mean(). The larger n is, the
+        # more its mean rounds, and a pair at the mean must be seen there: add the mean of what is left.
         std, mean = torch.std_mean(scores, correction=min(n - 1, 1))
         return cls(mean + (scores - mean).mean(), std, count)

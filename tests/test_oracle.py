@@ -1,18 +1,17 @@
 """An independent oracle in float64 NumPy with a hand-derived gradient, and the library held against it.
 
-The oracle shares no code with the package. It is written from the paper's equations, and it bounds its own answers: every
-result is an interval, as wide as the rounding of the tested arithmetic (`unit`, its machine epsilon) can make it. The
-gate of the margin is a jump, so a pair that this rounding may put on either side of it (`at_gate`) may also have the
-margin 0; no other pair is let off.
+The oracle shares no code with the package. It is written from the paper's equations, and it bounds its own answers:
+every result is an interval, as wide as the rounding of the tested arithmetic (`unit`, its machine epsilon) can make
+it. The gate of the margin is a jump, so a pair that this rounding may put on either side of it (`at_gate`) may also
+have the margin 0; no other pair is let off.
 """
 
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -89,7 +88,9 @@ def adaptive_margins(
     gamma_low, gamma_high = corners.min(0), corners.max(0)
     if margin.scaling == "exp":
         low = beta * np.exp(np.minimum(gamma_low - 4 * unit * np.abs(gamma_low), 60)) * (1 - 16 * unit) - smallest(unit)
-        high = beta * np.exp(np.minimum(gamma_high + 4 * unit * np.abs(gamma_high), 60)) * (1 + 16 * unit) + smallest(unit)
+        high = beta * np.exp(np.minimum(gamma_high + 4 * unit * np.abs(gamma_high), 60)) * (1 + 16 * unit) + smallest(
+            unit
+        )
     else:
         scale = 1.0 if margin.formula == "paper" else beta
         low = scale * (gamma_low - 4 * unit * np.abs(gamma_low))
@@ -119,13 +120,16 @@ def oracle(
     d = a - b
     derived = ref_chosen is not None or chosen_lengths is not None
     d_error = unit * (np.abs(d) + (np.abs(a) + np.abs(b) if derived else 0.0))
-    terms = [d, a, b, *([chosen / size[0], rejected / size[1], refs[0] / size[0], refs[1] / size[1]] if derived else [])]
+    terms = [
+        d,
+        a,
+        b,
+        *([chosen / size[0], rejected / size[1], refs[0] / size[0], refs[1] / size[1]] if derived else []),
+    ]
     magnitude = float(np.abs(terms).max())
 
     if isinstance(margin, AdaptiveMargin):
-        h, at_gate, (mean, std), mean_error = adaptive_margins(
-            d, d_error, magnitude, beta, margin, statistics, unit
-        )
+        h, at_gate, (mean, std), mean_error = adaptive_margins(d, d_error, magnitude, beta, margin, statistics, unit)
     else:
         h, at_gate = Interval(np.full(n, margin), np.full(n, margin)), np.zeros(n, bool)
         _, _, (mean, std), mean_error = adaptive_margins(d, d_error, magnitude, beta, MARGINS[0], None, unit)
@@ -152,7 +156,7 @@ def oracle(
     slack = [16 * unit * size + floor for size in (size_of_terms, *(np.abs(w) + eps for w in w_ends))]
     losses = Interval(ends.min(0) - slack[0], ends.max(0) + slack[0])
     weights = Interval(w_ends[0] - slack[1], w_ends[1] + slack[2])
-    gradient = Interval(-weights.high * beta / size[0] , -weights.low * beta / size[0])
+    gradient = Interval(-weights.high * beta / size[0], -weights.low * beta / size[0])
 
     tiny = 64 * unit
     correct, misranked = d > 0, d <= 0
@@ -225,9 +229,9 @@ def assert_matches(actual: AMaPOOutput, chosen: torch.Tensor, expected: Oracle, 
 
     summary = diagnostics.summary()
     assert summary.keys() == expected.summary.keys()
-    for name, (value, tolerance) in expected.summary.items():
+    for name, (entry, tolerance) in expected.summary.items():
         assert summary[name].ndim == 0
-        assert abs(summary[name].item() - value) <= tolerance, f"{name}: {summary[name].item()}, expected {value}"
+        assert abs(summary[name].item() - entry) <= tolerance, f"{name}: {summary[name].item()}, expected {entry}"
 
 
 @st.composite
@@ -294,13 +298,78 @@ def test_amapo(
         },
         dtype,
     )
-    sizes = {"chosen_lengths": rng.integers(0, 50, n), "rejected_lengths": rng.integers(1, 50, n)} if with_lengths else {}
+    sizes = (
+        {"chosen_lengths": rng.integers(0, 50, n), "rejected_lengths": rng.integers(1, 50, n)} if with_lengths else {}
+    )
     if not all(tensor.isfinite().all() for tensor in given.values()):
         return  # float16 overflowed: the edge table's case
     arrays = {name.removesuffix("_logps"): array for name, array in as_float64(given).items()}
     unit = unit_of(dtype)
-    expected = oracle(**arrays, **{k: v.astype(float) for k, v in sizes.items()}, **options, margin=margin, unit=unit)  # type: ignore[arg-type]
+    expected = oracle(**arrays, **{k: v.astype(float) for k, v in sizes.items()}, **options, margin=margin, unit=unit)
     given["chosen_logps"].requires_grad_()
     lengths = {name: torch.tensor(size) for name, size in sizes.items()}
     actual = amapo_loss(**given, **lengths, **options, margin=margin, reduction=reduction)
     assert_matches(actual, given["chosen_logps"], expected, reduction, unit)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(MARGINS), options, st.floats(-2, 2), st.floats(0.01, 3))
+def test_amapo_with_supplied_statistics(
+    batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float], mean: float, std: float
+) -> None:
+    scale = float(np.abs(batch).max())  # statistics in the range of the batch, but not its own
+    supplied = [float(np.float32(options["beta"] * scale * value)) for value in (mean, std)]
+    statistics = ScoreStatistics(torch.tensor(supplied[0]), torch.tensor(supplied[1]), torch.tensor(128))
+    given = tensors({"chosen_logps": batch[0], "rejected_logps": batch[1]}, torch.float32)
+    expected = oracle(*as_float64(given).values(), **options, margin=margin, statistics=tuple(supplied), unit=2.0**-23)
+    given["chosen_logps"].requires_grad_()
+    actual = amapo_loss(**given, **options, margin=margin, statistics=statistics)
+    expected.summary["amapo/score_mean"] = (supplied[0], 0.0)
+    expected.summary["amapo/score_std"] = (supplied[1], 0.0)
+    assert_matches(actual, given["chosen_logps"], expected, "mean", 2.0**-23)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), options, st.sampled_from([None, 0.0, 0.5, -1.5, 5.0]), st.sampled_from(["mean", "sum", "none"]))
+def test_dpo_and_simpo(
+    batch: tuple[Array, Array], options: dict[str, float], gamma: float | None, reduction: Any
+) -> None:
+    """`gamma` None: DPO. Both are the unified objective with a constant margin."""
+    ref = batch[0] * 0.9 if gamma is None else None
+    given = tensors(
+        {"chosen_logps": batch[0], "rejected_logps": batch[1], "ref_chosen_logps": ref, "ref_rejected_logps": ref},
+        torch.float32,
+    )
+    expected = oracle(*as_float64(given).values(), **options, margin=gamma or 0.0, unit=2.0**-23)
+    given["chosen_logps"].requires_grad_()
+    actual = (
+        dpo_loss(**given, **options, reduction=reduction)
+        if gamma is None
+        else simpo_loss(**given, **options, gamma=gamma, reduction=reduction)
+    )
+    assert_matches(actual, given["chosen_logps"], expected, reduction, 2.0**-23)
+
+
+def test_oracle_lets_almost_nobody_off() -> None:
+    """The bounds are worth something: on plain batches nearly every margin and weight is known to four digits."""
+    rng = np.random.default_rng(0)
+    for margin in MARGINS:
+        chosen, rejected = rng.normal([[-0.7], [-1.0]], 0.5, (2, 512)).astype(np.float32).astype(float)
+        expected = oracle(chosen, rejected, beta=2.0, margin=margin, unit=2.0**-23)
+        assert expected.at_gate.mean() <= 0.01, margin
+        margin_width = expected.margins.high - expected.margins.low
+        weight_width = expected.weights.high - expected.weights.low
+        known = (margin_width <= 1e-4 * np.maximum(expected.margins.high, 1)) & (weight_width <= 1e-4)
+        assert np.mean(known & ~expected.at_gate) >= 0.98, margin
+
+
+def test_oracle_by_hand() -> None:
+    """Three pairs, worked with a pocket calculator: scores 0.8, -0.2, 1.4; mean 2/3, std 0.80829."""
+    chosen, rejected = np.array([-1.0, -1.2, -0.9]), np.array([-1.4, -1.1, -1.6])
+    expected = oracle(chosen, rejected, beta=2.0, margin=MARGINS[0], unit=2.0**-52)
+    margin = 2 * math.exp(0.8666667 / 0.8082904 * 0.6666667)
+    weights = 1 / (1 + np.exp([0.8, -0.2 - margin, 1.4]))
+    np.testing.assert_allclose(expected.margins.low, [0, margin, 0], rtol=1e-6)
+    np.testing.assert_allclose(expected.weights.low, weights, rtol=1e-6)
+    np.testing.assert_allclose(expected.losses.low, -np.log1p(-weights), rtol=1e-6)
+    np.testing.assert_allclose(expected.chosen_gradient.low, -2 * weights, rtol=1e-6)
