@@ -14,6 +14,11 @@ def floating(name: str, value: object) -> Tensor:
     return value
 
 
+def computing_dtype(*tensors: Tensor) -> torch.dtype:
+    """What floating tensors are computed in: float64 where one of them is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 def real(name: str, value: object) -> Tensor:
     """`value`, if it is an integer or floating tensor."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:

@@ -52,11 +52,11 @@ class Diagnostics(NamedTuple):
             `amapo/nonfinite`: number of pairs whose score is NaN or infinite.
 
         Example:
-            >>> from amapo_loss import amapo_loss
+            >>> import torch
+        >>> from amapo_loss import amapo_loss
             >>> _, diagnostics = amapo_loss(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)
-
         """
         correct, misranked = self.scores > 0, self.scores <= 0
         zero = torch.zeros_like(self.scores)

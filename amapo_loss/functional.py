@@ -79,6 +79,7 @@ def amapo_loss(
         RuntimeError: for `backend="triton"` where it cannot run; says why.
 
     Example:
+        >>> import torch
         >>> chosen_logps = torch.tensor([-1.0, -1.2, -0.9], requires_grad=True)
         >>> rejected_logps = torch.tensor([-1.4, -1.1, -1.6], requires_grad=True)
         >>> loss, diagnostics = amapo_loss(chosen_logps, rejected_logps, beta=2.0)
@@ -89,7 +90,6 @@ def amapo_loss(
         tensor([-0.2067, -0.6576, -0.1319])
 
     Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
-
     """
     check_options(beta, label_smoothing, margin, statistics, reduction, backend)
     pairs = _pairs(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
@@ -100,8 +100,10 @@ def amapo_loss(
     else:
         for name in ("mean", "std"):
             checks.scalar(f"statistics.{name}", getattr(statistics, name), d.device)
-        mean, std = (value.detach().to(d.dtype) / beta for value in (statistics.mean, statistics.std))
-    h = d if len(d) == 0 else reference.adaptive_margins(d, mean, std, pairs.terms.abs().amax(), beta, margin)
+        statistics = ScoreStatistics(*(value.detach() for value in statistics))
+        mean, std = (value.to(d.dtype) / beta for value in (statistics.mean, statistics.std))
+        mean = mean + (0 * d).sum()  # NaN if a score is, as the batch's own mean would be
+    h = d if len(d) == 0 else reference.adaptive_margins(d, mean, std, pairs.terms.abs().max(), beta, margin)
     return _output(pairs, h, statistics, beta, label_smoothing, reduction)
 
 
@@ -123,12 +125,12 @@ def dpo_loss(
     of 0.1 is meant for summed log-probs.
 
     Example:
+        >>> import torch
         >>> logps = torch.tensor([-12.0, -20.0])
         >>> dpo_loss(logps, logps - 3, logps, logps, beta=0.1).loss
         tensor(0.5544)
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
-
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
@@ -153,12 +155,12 @@ def simpo_loss(
         gamma: the margin in score units, finite; SimPO's "gamma/beta ratio" is `gamma / beta`.
 
     Example:
+        >>> import torch
         >>> logps = torch.tensor([-1.2, -2.0])
         >>> simpo_loss(logps, logps - 0.25, beta=2.0, gamma=0.5).loss
         tensor(0.6931)
 
     Source: arXiv 2405.14734, equation 6.
-
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.number("gamma", gamma)
@@ -209,13 +211,13 @@ def _pairs(
     ref = checks.both_or_neither("ref_chosen_logps", ref_chosen_logps, "ref_rejected_logps", ref_rejected_logps)
     lengths = checks.both_or_neither("chosen_lengths", chosen_lengths, "rejected_lengths", rejected_lengths)
     logps = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps, **ref}
-    dtype = torch.float32
     for name, tensor in logps.items():
-        dtype = torch.promote_types(dtype, checks.floating(name, tensor).dtype)
+        checks.floating(name, tensor)
     for name, tensor in lengths.items():
         checks.real(name, tensor)
     checks.aligned(logps | lengths)
 
+    dtype = checks.computing_dtype(*logps.values())
     policy_logps = (chosen_logps.to(dtype), rejected_logps.to(dtype))
     ref_logps = tuple(tensor.to(dtype) for tensor in ref.values())
     sizes = tuple(tensor.to(dtype) for tensor in lengths.values()) or (None, None)

@@ -1,6 +1,5 @@
 """From a language model's logits to the log-probs of sequences. Knows tensors, and of the package only the checks."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +27,7 @@ def sequence_logps(
         IndexError: for a counted label outside [0, V) on the CPU; on a GPU, PyTorch's device-side assertion.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(1, 3, 4)  # uniform over four words
         >>> sequence_logps(logits, torch.tensor([[-100, 2, 3]]))  # log(1/4) a token
         tensor([-1.3863])
@@ -35,7 +35,6 @@ def sequence_logps(
         tensor([-2.7726])
 
     Source: arXiv 2405.14734, equation 3.
-
     """
     checks.floating("logits", logits)
     checks.token_ids("labels", labels)
@@ -48,7 +47,7 @@ def sequence_logps(
     if shift:  # the labels move, not the logits: a slice of those would be copied
         labels = F.pad(labels[:, 1:], (0, labels.shape[1] and 1), value=ignore_index)
     # In bfloat16 a log-prob of -401 would round to -400, and a mean over tokens would average such errors.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(checks.computing_dtype(logits))
     token_losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="none")
     sums = -token_losses.view_as(labels).sum(1)
     return sums / (labels != ignore_index).sum(1).clamp(min=1) if average else sums

@@ -33,15 +33,15 @@ def adaptive_margins(
     largest log-prob behind d: its rounding is the least that a spread must exceed to mean anything.
     """
     eps = torch.finfo(d.dtype).eps
-    largest = d.abs().amax()
-    rounding = 2 * eps * largest
     spread = std.masked_fill(std <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0
-    # What is within rounding of 0, or of the mean, is there, so that no gate depends on the order of a sum.
-    mean = mean * (mean.abs() > rounding)
     below = mean - d
-    z = below * (below.abs() > rounding) / spread
+    distance = below.abs()
+    if margin.formula == "paper":  # whose gate also turns over where the mean is 0
+        distance = torch.minimum(distance, mean.abs())
+    # What is within rounding of the mean is at it, so that no gate depends on the order of a sum.
+    z = below * (distance > 2 * eps * d.abs().max()) / spread
     if not margin.normalize:
-        z = (z > 0).to(d.dtype)
+        z = (z > 0) + 0 * z  # NaN stays NaN
 
     gamma = z * (beta * mean if margin.formula == "paper" else mean)
     if margin.scaling == "exp":
@@ -49,10 +49,8 @@ def adaptive_margins(
     else:
         h = gamma if margin.formula == "paper" else beta * gamma
     if margin.clip:
-        h = h * (gamma if margin.formula == "paper" else z).sign().relu()  # 1 behind the open gate, else 0
-    else:
-        h = h * spread.isfinite()
-    return torch.add(h, largest, alpha=0)  # + 0, or NaN for everybody if one score is not finite
+        return h * (gamma if margin.formula == "paper" else z).sign().relu()  # 1 behind the open gate, else 0
+    return h * spread.isfinite()
 
 
 def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -61,7 +59,7 @@ def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> tu
     With y = h - r, softplus(-y) = softplus(y) - y turns the two terms of L into softplus(y) - eps y, and w is
     sigmoid(y) - eps. Both keep their relative precision for pairs that rank far above their margin, y << 0.
     """
-    shortfall = torch.sub(h, d, alpha=beta)
+    shortfall = torch.add(h, d, alpha=-beta)
     losses = F.softplus(shortfall, threshold=40.0)  # the default, 20, is visible in float64
     weights = shortfall.detach().sigmoid()
     if label_smoothing:

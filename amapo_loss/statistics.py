@@ -40,17 +40,17 @@ class ScoreStatistics(NamedTuple):
             ValueError: if `scores` is not 1-D.
 
         Example:
+            >>> import torch
             >>> ScoreStatistics.of(torch.tensor([1.0, 2.0, 3.0]))
             ScoreStatistics(mean=tensor(2.), std=tensor(1.), count=tensor(3))
-
         """
         checks.aligned({"scores": checks.floating("scores", scores)})
         n = scores.shape[0]
         count = torch.full((), n, device=scores.device)
-        scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.detach().to(checks.computing_dtype(scores))
         if n == 0:
             return cls(scores.sum(), scores.sum(), count)
         # Welford's recurrence: equal scores deviate by exactly 0, as they need not from mean(). The larger n is, the
         # more its mean rounds, and a pair at the mean must be seen there: add the mean of what is left.
         std, mean = torch.std_mean(scores, correction=min(n - 1, 1))
-        return cls(mean + (scores - mean).mean(), std, count)
+        return cls(torch.add(mean, (scores - mean).sum(), alpha=1 / n), std, count)
