@@ -73,8 +73,8 @@ def number(name: str, value: object, *, above: float = -inf, at_least: float = -
         raise TypeError(f"{name} must be a Python number, got {_kind(value)}")
     if not (value > above and value >= at_least and value < below):  # false for NaN, too
         limits = {"> ": above, ">= ": at_least, "< ": below}
-        expected = " and ".join(f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf)
-        raise ValueError(f"{name} must be {expected or 'finite'}, got {value}")
+        expected = [f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf]
+        raise ValueError(f"{name} must be {' and '.join(expected + ['finite'] * (below == inf))}, got {value}")
 
 
 def choice(name: str, value: object, options: object) -> None:

@@ -1,0 +1,164 @@
+"""Every wrong argument raises one sentence that names it, what came and what is expected."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, amapo_loss, dpo_loss, sequence_logps, simpo_loss
+
+LOGPS = torch.linspace(-2, -1, 4)
+STATISTICS = ScoreStatistics(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(4))
+META = torch.device("meta")
+
+# Wrong arguments, the exception, and what its sentence must say: the argument, what came, what is expected.
+TENSORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"chosen_logps": [1.0]}, TypeError, "chosen_logps must be a floating tensor, got list"),
+    ({"chosen_logps": None}, TypeError, "chosen_logps must be a floating tensor, got NoneType"),
+    ({"rejected_logps": LOGPS.long()}, TypeError, "floating tensor, got a tensor of torch.int64"),
+    ({"rejected_logps": LOGPS.to(torch.complex64)}, TypeError, "rejected_logps must be a floating tensor"),
+    ({"chosen_logps": LOGPS[None]}, ValueError, "chosen_logps must be 1-D, one entry a pair, got shape (1, 4)"),
+    ({"chosen_logps": LOGPS[0]}, ValueError, "chosen_logps must be 1-D, one entry a pair, got shape ()"),
+    ({"rejected_logps": LOGPS[:3]}, ValueError, "rejected_logps has shape (3,), expected that of chosen_logps, (4,)"),
+    ({"rejected_logps": LOGPS[:1]}, ValueError, "rejected_logps has shape (1,), expected that of chosen_logps, (4,)"),
+    ({"rejected_logps": LOGPS.to(META)}, ValueError, "rejected_logps is on meta, expected the device of chosen"),
+    ({"ref_chosen_logps": LOGPS}, ValueError, "ref_chosen_logps was given without ref_rejected_logps"),
+    ({"ref_rejected_logps": LOGPS}, ValueError, "ref_rejected_logps was given without ref_chosen_logps"),
+    ({"ref_chosen_logps": LOGPS.int(), "ref_rejected_logps": LOGPS}, TypeError, "ref_chosen_logps must be a"),
+    ({"ref_chosen_logps": LOGPS, "ref_rejected_logps": LOGPS[:2]}, ValueError, "ref_rejected_logps has shape (2,)"),
+    ({"chosen_lengths": LOGPS}, ValueError, "chosen_lengths was given without rejected_lengths"),
+    ({"rejected_lengths": LOGPS}, ValueError, "rejected_lengths was given without chosen_lengths"),
+    ({"chosen_lengths": 3, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or floating"),
+    ({"chosen_lengths": LOGPS > 0, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or"),
+    ({"chosen_lengths": LOGPS, "rejected_lengths": LOGPS[None]}, ValueError, "rejected_lengths has shape (1, 4)"),
+]  # fmt: skip
+OBJECTIVE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"beta": 0}, ValueError, "beta must be > 0 and finite, got 0"),
+    ({"beta": -1.0}, ValueError, "beta must be > 0 and finite, got -1.0"),
+    ({"beta": math.nan}, ValueError, "beta must be > 0 and finite, got nan"),
+    ({"beta": math.inf}, ValueError, "beta must be > 0 and finite, got inf"),
+    ({"beta": torch.tensor(1.0)}, TypeError, "beta must be a Python number, got a tensor of torch.float32"),
+    ({"beta": True}, TypeError, "beta must be a Python number, got bool"),
+    ({"beta": "2"}, TypeError, "beta must be a Python number, got str"),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be >= 0 and < 0.5, got -0.1"),
+    ({"label_smoothing": 0.5}, ValueError, "label_smoothing must be >= 0 and < 0.5, got 0.5"),
+    ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be >= 0 and < 0.5, got nan"),
+    ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    ({"reduction": None}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got None"),
+    ({"reduction": ["mean"]}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got ['mean']"),
+]
+OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *OBJECTIVE,
+    ({"margin": 0.5}, TypeError, "margin must be of type AdaptiveMargin, got float"),
+    ({"margin": None}, TypeError, "margin must be of type AdaptiveMargin, got NoneType"),
+    ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be of type ScoreStatistics, got tuple"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+]
+SUPPLIED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"statistics": STATISTICS._replace(mean=0.0)}, TypeError, "statistics.mean must be a floating tensor, got float"),
+    ({"statistics": STATISTICS._replace(std=LOGPS)}, ValueError, "statistics.std must be 0-dim on cpu, got shape (4,)"),
+    ({"statistics": STATISTICS._replace(mean=torch.empty((), device=META))}, ValueError, "must be 0-dim on cpu, got shape () on meta"),
+]  # fmt: skip
+
+
+def table(*rows: list[tuple[dict[str, Any], type[Exception], str]]) -> pytest.MarkDecorator:
+    cases = [case for table in rows for case in table]
+    return pytest.mark.parametrize(("wrong", "error", "message"), cases, ids=[message for *_, message in cases])
+
+
+def raises(error: type[Exception], message: str) -> Any:
+    return pytest.raises(error, match=re.escape(message))
+
+
+@table(TENSORS, OPTIONS, SUPPLIED)
+def test_amapo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        amapo_loss(**{"chosen_logps": LOGPS, "rejected_logps": LOGPS} | wrong)
+
+
+@table(OPTIONS)
+def test_module_raises_on_construction(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        AMaPOLoss(**wrong)
+
+
+@table([row for row in TENSORS if not any("ref" in name for name in row[0])], OBJECTIVE)
+def test_simpo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        simpo_loss(**{"chosen_logps": LOGPS, "rejected_logps": LOGPS} | wrong)
+
+
+@pytest.mark.parametrize(("gamma", "error"), [(math.inf, ValueError), (math.nan, ValueError), ("1", TypeError)])
+def test_simpo_gamma(gamma: Any, error: type[Exception]) -> None:
+    with raises(error, "gamma must be "):
+        simpo_loss(LOGPS, LOGPS, gamma=gamma)
+
+
+@table([row for row in TENSORS if not any("ref" in name for name in row[0])], OBJECTIVE)
+def test_dpo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    with raises(error, message):
+        dpo_loss(**dict.fromkeys(names, LOGPS) | wrong)
+
+
+def test_dpo_needs_its_reference() -> None:
+    with raises(TypeError, "ref_chosen_logps must be a floating tensor, got NoneType"):
+        dpo_loss(LOGPS, LOGPS, None, None)
+    with raises(ValueError, "ref_chosen_logps was given without ref_rejected_logps"):
+        dpo_loss(LOGPS, LOGPS, LOGPS, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"formula": "papers"}, ValueError, "formula must be 'paper' or 'released', got 'papers'"),
+        ({"scaling": "log"}, ValueError, "scaling must be 'exp' or 'linear', got 'log'"),
+        ({"scaling": ["exp"]}, ValueError, "scaling must be 'exp' or 'linear', got ['exp']"),
+        ({"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
+        ({"clip": None}, TypeError, "clip must be True or False, got None"),
+    ],
+)
+def test_adaptive_margin(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        AdaptiveMargin(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "message"),
+    [
+        ([1.0], TypeError, "scores must be a floating tensor, got list"),
+        (LOGPS.long(), TypeError, "scores must be a floating tensor, got a tensor of torch.int64"),
+        (LOGPS[None], ValueError, "scores must be 1-D, one entry a pair, got shape (1, 4)"),
+    ],
+)
+def test_score_statistics(scores: Any, error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        ScoreStatistics.of(scores)
+
+
+LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "message"),
+    [
+        (LOGITS.long(), LABELS, TypeError, "logits must be a floating tensor, got a tensor of torch.int64"),
+        (LOGITS, LABELS.float(), TypeError, "labels must be an int64 tensor, got a tensor of torch.float32"),
+        (LOGITS, LABELS.int(), TypeError, "labels must be an int64 tensor, got a tensor of torch.int32"),
+        (LOGITS[0], LABELS, ValueError, "logits must be [N, T, V] and labels [N, T], got shapes (3, 5) and (2, 3)"),
+        (LOGITS, LABELS[:, 1:], ValueError, "labels [N, T], got shapes (2, 3, 5) and (2, 2)"),
+        (LOGITS, LABELS.to(META), ValueError, "labels is on meta, expected the device of logits, cpu"),
+        (LOGITS, LABELS + 5, IndexError, "5"),
+        (LOGITS, LABELS - 1, IndexError, "-1"),
+    ],
+)  # fmt: skip
+def test_sequence_logps(logits: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        sequence_logps(logits, labels)
+
+
+def test_triton_says_why_it_cannot_run() -> None:
+    with raises(RuntimeError, "backend='triton' cannot run: this version of amapo_loss has no Triton kernel yet"):
+        amapo_loss(LOGPS, LOGPS, backend="triton")
