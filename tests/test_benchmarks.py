@@ -1,0 +1,175 @@
+"""The scripts of benchmarks/: they run, write what they say, and name the line of a bad file."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from amapo_loss import AdaptiveMargin, amapo_loss
+from benchmarks import demo, formulas, latency
+from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
+from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
+
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+SMALL = [
+    "--imitation-steps",
+    "2",
+    "--steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--width",
+    "8",
+    "--layers",
+    "1",
+    "--max-prompt",
+    "8",
+    "--max-answer",
+    "8",
+]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_reads_pairs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = (GOOD + '{"chosen": "ü\\n", "rejected": "e", "prompt": "", "source": 1}\n').encode()
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(read_pairs(path)) == [Pair("a", "b", "c"), Pair("", "ü\n", "e")]
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        (b'{"prompt": "a", "chosen": "b", "rej', "line 2: not valid JSON"),
+        (b"\n", "line 2: not valid JSON"),
+        (b"\xff\n", "line 2: not valid JSON"),
+        (b"[1]\n", "line 2: expected a JSON object with prompt, chosen, rejected, got list"),
+        (b'{"prompt": "a", "chosen": "b"}\n', "line 2: the key 'rejected' is missing, found 'prompt', 'chosen'"),
+        (b'{"prompt": "a", "chosen": "", "rejected": "c"}\n', "line 2: the answer 'chosen' is empty"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": ""}\n', "line 2: the answer 'rejected' is empty"),
+        (b'{"prompt": "a", "chosen": [], "rejected": "c"}\n', "line 2: 'chosen' must be a string, got list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, second_line: bytes, message: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD.encode() + second_line)
+    with pytest.raises(ValueError, match="pairs.jsonl, " + message.replace("[", r"\[")):
+        list(read_pairs(path))
+
+
+def test_an_empty_or_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
+    (tmp_path / "plain.jsonl.gz").write_text(GOOD)
+    for name, message in (("empty.jsonl", "is empty"), ("cut.jsonl.gz", "ended before"), ("plain.jsonl.gz", "gzipped")):
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            list(read_pairs(tmp_path / name))
+
+
+def test_generated_pairs_have_the_difficulty_they_say() -> None:
+    corpus = generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
+    assert len(corpus.train) == 3000
+    assert len(corpus.held_out) == 500
+    assert not {pair.prompt for pair in corpus.train} & {pair.prompt for pair in corpus.held_out}
+    assert all(pair.chosen != pair.rejected for pair in corpus.train)
+    by_prompt = {pair.prompt: pair for pair in corpus.train}
+    for difficulty, rate in SLIP_RATES.items():
+        imitated = [
+            (by_prompt[p], answer) for p, answer in corpus.demonstrations if by_prompt[p].difficulty == difficulty
+        ]
+        slips = sum(answer == pair.rejected for pair, answer in imitated) / len(imitated)
+        assert abs(slips - rate) < 0.05
+    assert corpus == generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
+    with pytest.raises(ValueError, match="at most"):
+        generated_corpus(pairs=10**5, held_out=1, demonstrations=1, seed=0)
+
+
+def test_text_becomes_tokens_and_labels() -> None:
+    tokens, labels, cut = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
+    assert tokens.tolist() == [[END, ord("b"), *b"xyz"], [END, ord("c"), *"é".encode(), END]]
+    assert labels.tolist() == [[IGNORED, IGNORED, *b"xyz"], [IGNORED, IGNORED, *"é".encode(), END]]
+    assert cut == 1
+
+
+def test_the_model_looks_back_only() -> None:
+    model = ByteLM(width=8, layers=2, max_length=10)
+    tokens = torch.randint(257, (1, 10), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 6:] = 0
+    torch.testing.assert_close(model(tokens)[0, :6], model(changed)[0, :6])
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_the_demo_writes_table_json_and_picture(
+    own_data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "results" / "demo.json", tmp_path / "pairs.jsonl"
+    data.write_text(GOOD * 6 + '{"prompt": "long enough to cut", "chosen": "b", "rejected": "c"}\n')
+    files = ["--data", str(data), "--eval", str(data)] * own_data
+    monkeypatch.setattr(sys, "argv", ["demo", *SMALL, *files, "--out", str(out)])
+    demo.main()
+    printed = capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    assert figures["models"].keys() == {"imitation alone", *demo.OBJECTIVES}
+    for name in demo.OBJECTIVES:
+        assert name in printed
+        assert 0 <= figures["models"][name]["ranked right"] <= 1
+    assert ("hard" in printed) != own_data
+    assert ("are cut" in printed) == own_data or not own_data
+    assert figures["versions"]["torch"] == torch.__version__
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.parent.glob("*.partial"))
+
+
+def test_the_demo_names_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.jsonl").write_text(GOOD + "{}\n")
+    monkeypatch.setattr(sys, "argv", ["demo", "--data", f"{tmp_path}/bad.jsonl", "--eval", f"{tmp_path}/bad.jsonl"])
+    with pytest.raises(SystemExit, match=r"bad.jsonl, line 2: the key 'prompt' is missing, found none"):
+        demo.main()
+    monkeypatch.setattr(sys, "argv", ["demo", "--data", f"{tmp_path}/none.jsonl", "--eval", f"{tmp_path}/bad.jsonl"])
+    with pytest.raises(SystemExit, match=r"none\.jsonl"):
+        demo.main()
+    monkeypatch.setattr(sys, "argv", ["demo", "--data", f"{tmp_path}/bad.jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+
+
+def test_the_baseline_computes_the_released_loss() -> None:
+    """What the library is timed against is the same loss."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(64, generator=generator) - mean).requires_grad_() for mean in (1.0, 1.4)]
+
+    def ours(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return amapo_loss(chosen, rejected, margin=AdaptiveMargin("released")).loss
+
+    losses = latency.released_arithmetic(inputs[0], inputs[1]), ours(inputs[0], inputs[1])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses))
+
+
+def test_latency_writes_table_json_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "latency.json"
+    arguments = ["--pairs", "3", "5", "--rounds", "2", "--repeats", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["latency", *arguments])
+    monkeypatch.setattr(latency, "VARIANTS", {name: step for name, step in latency.VARIANTS.items() if ":" not in name})
+    threads = torch.get_num_threads()
+    latency.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["pairs"], row["variant"]) for row in rows] == [(n, name) for n in (3, 5) for name in latency.VARIANTS]
+    assert all(row["ratio"] == 1 for row in rows if row["variant"] == latency.BASELINE)
+    assert "amapo_loss + summary()" in capsys.readouterr().out
+    assert out.with_suffix(".png").exists()
+
+
+def test_formulas_draws_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "formulas.png"
+    monkeypatch.setattr(sys, "argv", ["formulas", "--out", str(out)])
+    formulas.main()
+    assert out.read_bytes().startswith(b"\x89PNG")
