@@ -53,7 +53,7 @@ class Diagnostics(NamedTuple):
 
         Example:
             >>> import torch
-        >>> from amapo_loss import amapo_loss
+            >>> from amapo_loss import amapo_loss
             >>> _, diagnostics = amapo_loss(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)

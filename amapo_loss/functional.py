@@ -92,18 +92,19 @@ def amapo_loss(
     Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
     """
     check_options(beta, label_smoothing, margin, statistics, reduction, backend)
-    pairs = _pairs(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
-    d = pairs.d.detach()
+    pairs = _pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta
+    )
+    r = pairs.rewards[0]
     if statistics is None:
-        mean, std, count = ScoreStatistics.of(d)
-        statistics = ScoreStatistics(beta * mean, beta * std, count)
+        statistics = ScoreStatistics.of(r)
+        mu, sigma, _ = statistics
     else:
         for name in ("mean", "std"):
-            checks.scalar(f"statistics.{name}", getattr(statistics, name), d.device)
+            checks.scalar(f"statistics.{name}", getattr(statistics, name), r.device)
         statistics = ScoreStatistics(*(value.detach() for value in statistics))
-        mean, std = (value.to(d.dtype) / beta for value in (statistics.mean, statistics.std))
-        mean = mean + (0 * d).sum()  # NaN if a score is, as the batch's own mean would be
-    h = d if len(d) == 0 else reference.adaptive_margins(d, mean, std, pairs.terms.abs().max(), beta, margin)
+        mu, sigma = statistics.mean + (0 * r).sum(), statistics.std  # NaN if a score is, as the batch's own would be
+    h = r if len(r) == 0 else reference.adaptive_margins(r, mu, sigma, pairs.rewards.abs().max(), beta, margin)
     return _output(pairs, h, statistics, beta, label_smoothing, reduction)
 
 
@@ -134,7 +135,9 @@ def dpo_loss(
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
-    pairs = _pairs(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
+    pairs = _pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta
+    )
     return _constant_margin(pairs, 0.0, beta, label_smoothing, reduction)
 
 
@@ -164,7 +167,7 @@ def simpo_loss(
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.number("gamma", gamma)
-    pairs = _pairs(chosen_logps, rejected_logps, None, None, chosen_lengths, rejected_lengths)
+    pairs = _pairs(chosen_logps, rejected_logps, None, None, chosen_lengths, rejected_lengths, beta)
     return _constant_margin(pairs, gamma, beta, label_smoothing, reduction)
 
 
@@ -196,7 +199,7 @@ class _Pairs(NamedTuple):
     """What the objective is made of, from checked arguments, in one floating dtype, float32 at least."""
 
     d: Tensor  # [B] log-ratio differences, with their graph
-    terms: Tensor  # [3 or 7, B], detached: d, the chosen and the rejected log-ratios, and what those were taken from
+    rewards: Tensor  # [3 or 7, B], detached, beta times: d, the chosen and the rejected log-ratios, their operands
     policy: tuple[Tensor, ...]  # the policy's log-probs, chosen and rejected, as they came
 
 
@@ -207,6 +210,7 @@ def _pairs(
     ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    beta: float,
 ) -> _Pairs:
     ref = checks.both_or_neither("ref_chosen_logps", ref_chosen_logps, "ref_rejected_logps", ref_rejected_logps)
     lengths = checks.both_or_neither("chosen_lengths", chosen_lengths, "rejected_lengths", rejected_lengths)
@@ -224,15 +228,16 @@ def _pairs(
     chosen, rejected = map(reference.log_ratio, policy_logps, ref_logps or (None, None), sizes)
     d = chosen - rejected
     operands = map(reference.log_ratio, policy_logps + ref_logps, (None,) * 4, sizes * 2) if ref else ()
-    return _Pairs(d, torch.stack((d, chosen, rejected, *operands)).detach(), policy_logps)
+    rewards = beta * torch.stack((d, chosen, rejected, *operands)).detach()
+    return _Pairs(d, rewards, policy_logps)
 
 
 def _constant_margin(
     pairs: _Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
 ) -> AMaPOOutput:
-    mean, std, count = ScoreStatistics.of(pairs.d)
-    h = gamma + 0 * pairs.d.detach()  # NaN for a pair that is not finite, whose loss is NaN then
-    return _output(pairs, h, ScoreStatistics(beta * mean, beta * std, count), beta, label_smoothing, reduction)
+    r = pairs.rewards[0]
+    h = gamma + 0 * r  # NaN for a pair that is not finite, whose loss is NaN then
+    return _output(pairs, h, ScoreStatistics.of(r), beta, label_smoothing, reduction)
 
 
 def _output(
@@ -245,7 +250,7 @@ def _output(
         loss = losses.sum()
     else:
         loss = losses.mean()
-    scores, chosen_rewards, rejected_rewards, *_ = (beta * pairs.terms).unbind()
+    scores, chosen_rewards, rejected_rewards, *_ = pairs.rewards.unbind()
     chosen_logps, rejected_logps = (logps.detach() for logps in pairs.policy)
     diagnostics = Diagnostics(
         scores, h, weights, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps, statistics

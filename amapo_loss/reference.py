@@ -25,32 +25,32 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -
 
 
 def adaptive_margins(
-    d: Tensor, mean: Tensor, std: Tensor, magnitude: Tensor, beta: float, margin: AdaptiveMargin
+    r: Tensor, mu: Tensor, sigma: Tensor, magnitude: Tensor, beta: float, margin: AdaptiveMargin
 ) -> Tensor:
-    """The margins h [B] of pairs with log-ratio differences d [B], B > 0; all detached.
+    """The margins h [B] of pairs with scores r [B], B > 0, in a batch with mean mu and standard deviation sigma, 0-dim.
 
-    `mean` and `std` are 0-dim and in the units of d, where beta cannot round them. `magnitude`, 0-dim, is that of the
-    largest log-prob behind d: its rounding is the least that a spread must exceed to mean anything.
+    `magnitude`, 0-dim, is that of the largest reward behind the scores, whose rounding sigma must exceed to mean anything.
     """
-    eps = torch.finfo(d.dtype).eps
-    spread = std.masked_fill(std <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0
-    below = mean - d
+    eps = torch.finfo(r.dtype).eps
+    sigma = sigma.masked_fill(sigma <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0
+    below = mu - r
     distance = below.abs()
-    if margin.formula == "paper":  # whose gate also turns over where the mean is 0
-        distance = torch.minimum(distance, mean.abs())
+    if margin.formula == "paper":  # whose gate also turns over where mu is 0
+        distance = torch.minimum(distance, mu.abs())
     # What is within rounding of the mean is at it, so that no gate depends on the order of a sum.
-    z = below * (distance > 2 * eps * d.abs().max()) / spread
+    z = below * (distance > 2 * eps * r.abs().max()) / sigma
     if not margin.normalize:
         z = (z > 0) + 0 * z  # NaN stays NaN
 
-    gamma = z * (beta * mean if margin.formula == "paper" else mean)
-    if margin.scaling == "exp":
-        h = beta * gamma.clamp_max(MAX_EXPONENT).exp()
+    gamma = z * mu
+    if margin.scaling == "linear":
+        h = gamma
     else:
-        h = gamma if margin.formula == "paper" else beta * gamma
+        exponent = gamma if margin.formula == "paper" else gamma / beta  # released: the mean of d, not of r
+        h = beta * exponent.clamp_max(MAX_EXPONENT).exp()
     if margin.clip:
         return h * (gamma if margin.formula == "paper" else z).sign().relu()  # 1 behind the open gate, else 0
-    return h * spread.isfinite()
+    return h * sigma.isfinite()
 
 
 def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
