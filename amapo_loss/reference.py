@@ -29,7 +29,7 @@ def adaptive_margins(
 ) -> Tensor:
     """The margins h [B] of pairs with scores r [B], B > 0, in a batch with mean mu and standard deviation sigma, 0-dim.
 
-    `magnitude`, 0-dim, is that of the largest reward behind the scores, whose rounding sigma must exceed to mean anything.
+    `magnitude`, 0-dim, is that of the largest reward behind the scores; sigma means something beyond its rounding only.
     """
     eps = torch.finfo(r.dtype).eps
     sigma = sigma.masked_fill(sigma <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0

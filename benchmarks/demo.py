@@ -167,10 +167,10 @@ def spent(spending: Spending) -> Figures:
 def print_table(console: Console, rows: dict[str, Figures]) -> None:
     """One row a model; shares in percent."""
     columns = max(rows.values(), key=len)
-    table = Table(title="Held-out pairs, and the gradient weights in training", box=SIMPLE, pad_edge=False)
+    table = Table(title="Held-out pairs, and the gradient weights in training", box=SIMPLE, collapse_padding=True)
     table.add_column(no_wrap=True)
     for column in columns:
-        table.add_column(column.replace(" ", "\n"), justify="right", vertical="bottom")
+        table.add_column(column.replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
     for name, figures in rows.items():
         shares = [f"{figures[column]:.1%}" for column in columns if " " not in column or column == "ranked right"]
         others = [f"{figures[column]:.2f}" if column in figures else "" for column in columns][len(shares) :]
