@@ -54,19 +54,6 @@ def aligned(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of {first_name}, {first.device}")
 
 
-def both_or_neither(
-    first_name: str, first: Tensor | None, second_name: str, second: Tensor | None
-) -> dict[str, Tensor]:
-    """The two optional tensors by name, or nothing; one without the other is a mistake, not a choice."""
-    if first is None and second is None:
-        return {}
-    if first is None:
-        raise ValueError(f"{second_name} was given without {first_name}: pass both or neither")
-    if second is None:
-        raise ValueError(f"{first_name} was given without {second_name}: pass both or neither")
-    return {first_name: first, second_name: second}
-
-
 def number(name: str, value: object, *, above: float = -inf, at_least: float = -inf, below: float = inf) -> None:
     """A finite Python number in the given range; a tensor would have to be waited for."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -1,38 +1,80 @@
-"""What happened in a batch: per pair, and as the scalars that a trainer logs. Knows tensors and `ScoreStatistics`."""
+"""What happened in a batch: per pair, and as the scalars that a trainer logs."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from amapo_loss import reference
+from amapo_loss.pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
+
+SUMMARY = (  # in the order in which the kernel stores them
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "amapo/margin_mean",
+    "amapo/margin_active",
+    "amapo/margin_accuracies",
+    "amapo/gradient_weight_correct",
+    "amapo/gradient_weight_misranked",
+    "amapo/nonfinite",
+    "amapo/margin_max",
+    "amapo/score_mean",
+    "amapo/score_std",
+)
 
 
 class Diagnostics(NamedTuple):
-    r"""Everything a loss call computed on its way, detached, on the device of the log-probs.
+    r"""What a loss call found out about each pair, detached, on the device of the log-probs.
+
+    Beyond the margins, which made the loss, everything is computed when it is read: what nobody looks at costs nothing.
 
     Args:
-        scores: [B] ranking scores $r_i = \beta d_i$; a pair is ranked correctly where $r_i > 0$.
+        pairs: the log-probs, and the reference's and the lengths where there are any, as they were passed.
         margins: [B] margins $h_i$.
-        gradient_weights: [B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair.
-        chosen_rewards: [B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, reference and length where given.
-        rejected_rewards: [B] the same of the rejected responses.
-        chosen_logps: [B] the policy's log-probs of the chosen responses, as they were passed.
-        rejected_logps: [B] those of the rejected responses.
         statistics: the mean and standard deviation that the margins were made from, in score units.
+        beta: scale of the ranking score.
+        label_smoothing: $\epsilon$.
+        entries: [15] those of `summary`, in the order of `SUMMARY`, where the backend computed them with the loss.
 
-    All but `statistics.count` are float32, or float64 where an input was.
+    What the properties return is float32, or float64 where a log-prob is.
 
     """
 
-    scores: Tensor
+    pairs: Pairs
     margins: Tensor
-    gradient_weights: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
     statistics: ScoreStatistics
+    beta: float
+    label_smoothing: float
+    entries: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        r"""[B] ranking scores $r_i = \beta d_i$; a pair is ranked correctly where $r_i > 0$."""
+        return self.beta * self._d()
+
+    @property
+    def gradient_weights(self) -> Tensor:
+        r"""[B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair."""
+        return reference.gradient_weights(self._d(), self.margins, self.beta, self.label_smoothing)
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        r"""[B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, reference and length where given."""
+        return self.beta * reference.log_ratios(self.pairs.computable())[0]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """[B] the same of the rejected responses."""
+        return self.beta * reference.log_ratios(self.pairs.computable())[1]
+
+    def _d(self) -> Tensor:
+        chosen, rejected = reference.log_ratios(self.pairs.computable())
+        return chosen - rejected
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """The batch in 15 scalars, under TRL's names where TRL has one.
@@ -58,32 +100,38 @@ class Diagnostics(NamedTuple):
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)
         """
-        correct, misranked = self.scores > 0, self.scores <= 0
-        zero = torch.zeros_like(self.scores)
+        if self.entries is None:
+            values = self._entries()
+        else:
+            values = dict(zip(SUMMARY, self.entries.unbind()))
+        return {prefix + name: values[name] for name in SUMMARY}
+
+    def _entries(self) -> dict[str, Tensor]:
+        scores, weights, zero = self.scores, self.gradient_weights, torch.zeros_like(self.margins)
+        correct, misranked = scores > 0, scores <= 0
         columns = {
             "rewards/chosen": self.chosen_rewards,
             "rewards/rejected": self.rejected_rewards,
             "rewards/accuracies": correct,
-            "rewards/margins": self.scores,
-            "logps/chosen": self.chosen_logps,
-            "logps/rejected": self.rejected_logps,
+            "rewards/margins": scores,
+            "logps/chosen": self.pairs.chosen_logps,
+            "logps/rejected": self.pairs.rejected_logps,
             "amapo/margin_mean": self.margins,
             "amapo/margin_active": self.margins > 0,
-            "amapo/margin_accuracies": self.scores > self.statistics.mean,
-            "amapo/gradient_weight_correct": torch.where(correct, self.gradient_weights, zero),
-            "amapo/gradient_weight_misranked": torch.where(misranked, self.gradient_weights, zero),
-            "amapo/nonfinite": ~self.scores.isfinite(),
+            "amapo/margin_accuracies": scores > self.statistics.mean,
+            "amapo/gradient_weight_correct": torch.where(correct, weights, zero),
+            "amapo/gradient_weight_misranked": torch.where(misranked, weights, zero),
+            "amapo/nonfinite": ~scores.isfinite(),
         }
         totals = torch.stack([column.to(zero.dtype) for column in columns.values()]).sum(1)
-        n = self.scores.shape[0]
+        n = scores.shape[0]
         group_sizes: dict[str, Tensor | int] = {
             "amapo/gradient_weight_correct": correct.sum().clamp(min=1),
             "amapo/gradient_weight_misranked": misranked.sum().clamp(min=1),
             "amapo/nonfinite": 1,
         }
-        summary = {name: total / group_sizes.get(name, max(n, 1)) for name, total in zip(columns, totals)} | {
+        return {name: total / group_sizes.get(name, max(n, 1)) for name, total in zip(columns, totals)} | {
+            "amapo/margin_max": self.margins.amax() if n else zero.sum(),
             "amapo/score_mean": self.statistics.mean,
             "amapo/score_std": self.statistics.std,
-            "amapo/margin_max": self.margins.amax() if n else zero.sum(),
         }
-        return {prefix + name: value for name, value in summary.items()}

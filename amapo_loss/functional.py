@@ -5,10 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from amapo_loss import checks, reference
+from amapo_loss import checks, kernels, reference
 from amapo_loss.diagnostics import Diagnostics
-from amapo_loss.kernels import unavailable_reason
 from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
 
 Reduction = Literal["mean", "sum", "none"]
@@ -92,20 +92,15 @@ def amapo_loss(
     Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
     """
     check_options(beta, label_smoothing, margin, statistics, reduction, backend)
-    pairs = _pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta
-    )
-    r = pairs.rewards[0]
-    if statistics is None:
-        statistics = ScoreStatistics.of(r)
-        mu, sigma, _ = statistics
-    else:
+    pairs = Pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+    ).checked()
+    if statistics is not None:
         for name in ("mean", "std"):
-            checks.scalar(f"statistics.{name}", getattr(statistics, name), r.device)
+            checks.scalar(f"statistics.{name}", getattr(statistics, name), chosen_logps.device)
         statistics = ScoreStatistics(*(value.detach() for value in statistics))
-        mu, sigma = statistics.mean + (0 * r).sum(), statistics.std  # NaN if a score is, as the batch's own would be
-    h = r if len(r) == 0 else reference.adaptive_margins(r, mu, sigma, pairs.rewards.abs().max(), beta, margin)
-    return _output(pairs, h, statistics, beta, label_smoothing, reduction)
+    run = _in_triton if _runs_in_triton(backend, pairs) else _in_torch
+    return run(pairs, statistics, beta, label_smoothing, margin, reduction)
 
 
 def dpo_loss(
@@ -135,9 +130,9 @@ def dpo_loss(
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
-    pairs = _pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta
-    )
+    pairs = Pairs(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+    ).checked()
     return _constant_margin(pairs, 0.0, beta, label_smoothing, reduction)
 
 
@@ -167,7 +162,9 @@ def simpo_loss(
     """
     _check_objective(beta, label_smoothing, reduction)
     checks.number("gamma", gamma)
-    pairs = _pairs(chosen_logps, rejected_logps, None, None, chosen_lengths, rejected_lengths, beta)
+    pairs = Pairs(
+        chosen_logps, rejected_logps, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+    ).checked()
     return _constant_margin(pairs, gamma, beta, label_smoothing, reduction)
 
 
@@ -185,7 +182,7 @@ def check_options(
     if statistics is not None:
         checks.instance("statistics", statistics, ScoreStatistics)
     checks.choice("backend", backend, Backend)
-    if backend == "triton" and (reason := unavailable_reason()):
+    if backend == "triton" and (reason := kernels.unavailable_reason()):
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
 
 
@@ -195,64 +192,100 @@ def _check_objective(beta: float, label_smoothing: float, reduction: Reduction) 
     checks.choice("reduction", reduction, Reduction)
 
 
-class _Pairs(NamedTuple):
-    """What the objective is made of, from checked arguments, in one floating dtype, float32 at least."""
+def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
+    """Whether the kernel computes these pairs; raises where it was asked for and cannot."""
+    device = pairs.chosen_logps.device
+    exact = any(tensor is not None and tensor.dtype == torch.float64 for tensor in pairs[:4])
+    if backend == "auto":
+        return device.type == "cuda" and not exact and kernels.HAS_TRITON
+    if backend == "triton":
+        if exact:
+            raise ValueError(
+                "backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'"
+            )
+        if device.type != ("cpu" if kernels.interpreted() else "cuda"):
+            raise ValueError(
+                f"backend='triton' runs on a GPU, got chosen_logps on {device}: use backend='torch' or 'auto'"
+            )
+    return backend == "triton"
 
-    d: Tensor  # [B] log-ratio differences, with their graph
-    rewards: Tensor  # [3 or 7, B], detached, beta times: d, the chosen and the rejected log-ratios, their operands
-    policy: tuple[Tensor, ...]  # the policy's log-probs, chosen and rejected, as they came
 
-
-def _pairs(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
+def _in_triton(
+    pairs: Pairs,
+    statistics: ScoreStatistics | None,
     beta: float,
-) -> _Pairs:
-    ref = checks.both_or_neither("ref_chosen_logps", ref_chosen_logps, "ref_rejected_logps", ref_rejected_logps)
-    lengths = checks.both_or_neither("chosen_lengths", chosen_lengths, "rejected_lengths", rejected_lengths)
-    logps = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps, **ref}
-    for name, tensor in logps.items():
-        checks.floating(name, tensor)
-    for name, tensor in lengths.items():
-        checks.real(name, tensor)
-    checks.aligned(logps | lengths)
+    label_smoothing: float,
+    margin: AdaptiveMargin,
+    reduction: Reduction,
+) -> AMaPOOutput:
+    from amapo_loss.kernels.pair_loss import pair_loss  # Triton takes a second to import, and may not be installed
 
-    dtype = checks.computing_dtype(*logps.values())
-    policy_logps = (chosen_logps.to(dtype), rejected_logps.to(dtype))
-    ref_logps = tuple(tensor.to(dtype) for tensor in ref.values())
-    sizes = tuple(tensor.to(dtype) for tensor in lengths.values()) or (None, None)
-    chosen, rejected = map(reference.log_ratio, policy_logps, ref_logps or (None, None), sizes)
-    d = chosen - rejected
-    operands = map(reference.log_ratio, policy_logps + ref_logps, (None,) * 4, sizes * 2) if ref else ()
-    rewards = beta * torch.stack((d, chosen, rejected, *operands)).detach()
-    return _Pairs(d, rewards, policy_logps)
+    loss, margins, summary, count = pair_loss(
+        pairs[:4],
+        pairs[4:],
+        (None, None) if statistics is None else statistics[:2],
+        beta,
+        label_smoothing,
+        margin.formula == "paper",
+        margin.normalize,
+        margin.scaling == "exp",
+        margin.clip,
+        reduction,
+    )
+    if statistics is None:
+        statistics = ScoreStatistics(summary[-2], summary[-1], count)
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), margins, statistics, beta, label_smoothing, summary))
+
+
+def _in_torch(
+    pairs: Pairs,
+    statistics: ScoreStatistics | None,
+    beta: float,
+    label_smoothing: float,
+    margin: AdaptiveMargin,
+    reduction: Reduction,
+) -> AMaPOOutput:
+    d, rewards = _differences(pairs, beta)
+    r = rewards[0]
+    if statistics is None:
+        statistics = ScoreStatistics.of(r)
+        mu, sigma, _ = statistics
+    else:
+        mu, sigma = statistics.mean + (0 * r).sum(), statistics.std  # NaN if a score is, as the batch's own would be
+    h = r if len(r) == 0 else reference.adaptive_margins(r, mu, sigma, rewards.abs().max(), beta, margin)
+    loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, statistics, beta, label_smoothing))
 
 
 def _constant_margin(
-    pairs: _Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
+    pairs: Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
 ) -> AMaPOOutput:
-    r = pairs.rewards[0]
+    d, (r, *_) = _differences(pairs, beta)
     h = gamma + 0 * r  # NaN for a pair that is not finite, whose loss is NaN then
-    return _output(pairs, h, ScoreStatistics.of(r), beta, label_smoothing, reduction)
+    loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, ScoreStatistics.of(r), beta, label_smoothing))
 
 
-def _output(
-    pairs: _Pairs, h: Tensor, statistics: ScoreStatistics, beta: float, label_smoothing: float, reduction: Reduction
-) -> AMaPOOutput:
-    losses, weights = reference.pair_losses(pairs.d, h, beta, label_smoothing)
+def _differences(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
+    """The log-ratio differences d [B], with their graph; and, detached, [3 or 7, B] the rewards that it came from.
+
+    They are beta times d, the chosen and the rejected log-ratios, and with a reference what those were taken from.
+    """
+    pairs = pairs.computable()
+    chosen, rejected = reference.log_ratios(pairs)
+    d = chosen - rejected
+    terms = [d, chosen, rejected]
+    if pairs.ref_chosen_logps is not None:
+        sizes = pairs.chosen_lengths, pairs.rejected_lengths
+        terms += [
+            reference.log_ratio(logps, None, size) for logps, size in zip(pairs[:4], sizes * 2) if logps is not None
+        ]
+    return d, beta * torch.stack(terms).detach()
+
+
+def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
-        loss = losses
-    elif reduction == "sum" or len(h) == 0:  # over no pairs the sum, unlike the mean, is 0 and backpropagates
-        loss = losses.sum()
-    else:
-        loss = losses.mean()
-    scores, chosen_rewards, rejected_rewards, *_ = pairs.rewards.unbind()
-    chosen_logps, rejected_logps = (logps.detach() for logps in pairs.policy)
-    diagnostics = Diagnostics(
-        scores, h, weights, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps, statistics
-    )
-    return AMaPOOutput(loss, diagnostics)
+        return losses
+    if reduction == "sum" or len(losses) == 0:  # over no pairs the sum, unlike the mean, is 0 and backpropagates
+        return losses.sum()
+    return losses.mean()

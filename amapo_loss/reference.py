@@ -2,8 +2,8 @@ r"""The mathematics of AMaPO in plain PyTorch, in the order and the symbols of t
 
     d = log-ratio difference    r = beta * d    h = margin    L = (1 - eps) softplus(h - r) + eps softplus(r - h)
 
-Every other backend is held against this file. It knows tensors and `AdaptiveMargin`; arguments are checked, of one
-floating dtype, and [B] where nothing else is said, before they come here.
+Every other backend is held against this file. It knows tensors, `Pairs` and `AdaptiveMargin`; what comes here is
+checked, of one floating dtype, and [B] where nothing else is said.
 """
 
 import math
@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.pairs import Pairs
 
 # exp(60) is far beyond where the gradient saturates, and a million such losses still add up to a finite float32.
 MAX_EXPONENT = 60.0
+
+
+def log_ratios(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Those of the chosen and of the rejected responses; with their graph."""
+    return (
+        log_ratio(pairs.chosen_logps, pairs.ref_chosen_logps, pairs.chosen_lengths),
+        log_ratio(pairs.rejected_logps, pairs.ref_rejected_logps, pairs.rejected_lengths),
+    )
 
 
 def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -53,16 +62,17 @@ def adaptive_margins(
     return h * sigma.isfinite()
 
 
-def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The losses L [B], differentiable in d, and the gradient weights w = -dL/dr [B], detached.
+def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The losses L [B], differentiable in d.
 
-    With y = h - r, softplus(-y) = softplus(y) - y turns the two terms of L into softplus(y) - eps y, and w is
-    sigmoid(y) - eps. Both keep their relative precision for pairs that rank far above their margin, y << 0.
+    With y = h - r, softplus(-y) = softplus(y) - y turns the two terms of L into softplus(y) - eps y, which keeps its
+    relative precision for pairs that rank far above their margin, y << 0.
     """
     shortfall = torch.add(h, d, alpha=-beta)
     losses = F.softplus(shortfall, threshold=40.0)  # the default, 20, is visible in float64
-    weights = shortfall.detach().sigmoid()
-    if label_smoothing:
-        losses = losses - label_smoothing * shortfall
-        weights = weights - label_smoothing
-    return losses, weights
+    return losses - label_smoothing * shortfall if label_smoothing else losses
+
+
+def gradient_weights(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """The gradient weights w = -dL/dr = sigmoid(y) - eps [B] of these losses."""
+    return torch.add(h, d, alpha=-beta).sigmoid() - label_smoothing

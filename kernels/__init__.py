@@ -13,7 +13,7 @@ def unavailable_reason() -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed: `pip install triton`, or use backend='torch' or 'auto'"
     if not torch.cuda.is_available() and not interpreted():
-        return "PyTorch sees no GPU: use backend='torch' or 'auto', or set TRITON_INTERPRET=1 to try it, slowly, on a CPU"
+        return "PyTorch sees no GPU: use backend='torch' or 'auto', or, to try it on a CPU, set TRITON_INTERPRET=1"
     return None
 
 

@@ -7,10 +7,11 @@ and Triton, nothing else of the package.
 
 A side of the pairs, CHOSEN or REJECTED, is a tuple (LOGPS, stride, REF, stride, LENGTHS, stride) of pointers [n] to any
 dtype, the last two of which may be None. Everything is computed in float32, but the sums of scores in float64: neither
-a mean far larger than the spread nor a large batch costs them precision. No launch lets the compiler fuse a product into
-a difference: rounded once less than elsewhere, equal scores would differ from their own mean.
+a mean far larger than the spread nor a large batch costs them precision. No launch lets the compiler fuse a product
+into a difference: rounded once less than elsewhere, equal scores would differ from their own mean.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ def _pair_losses(r, h, eps):
 def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta, eps, scale, OUT,
                           PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
                           CLIP: tl.constexpr):  # fmt: skip
-    """Store margins, gradients and, with PER_PAIR, losses; return the totals [16], which `_finish` makes a summary of."""
+    """Store margins, gradients and, with PER_PAIR, losses; return the totals [16] that `_finish` summarizes."""
     LOSS, GRADIENT, MARGINS, _, _ = OUT
     r, _, (chosen_logps, chosen, chosen_size), (rejected_logps, rejected, rejected_size) = pairs
     h = _adaptive_margins(r, mu, sigma, magnitude, largest, beta, PAPER, NORMALIZE, EXP, CLIP)
@@ -338,14 +339,13 @@ def _launch(
 
 
 def _outputs(logps: Tensor, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = logps.shape[0]
-    single = {"dtype": torch.float32, "device": logps.device}
+    n, empty = logps.shape[0], partial(torch.empty, dtype=torch.float32, device=logps.device)
     return (
-        torch.empty(n if reduction == "none" else (), **single),
-        torch.empty((2, n) if with_gradient else 0, **single),
-        torch.empty(n, **single),
-        torch.empty(15, **single),
-        torch.empty((), dtype=torch.int64, device=logps.device),
+        empty((n,) if reduction == "none" else ()),
+        empty((2, n) if with_gradient else (0,)),
+        empty((n,)),
+        empty((15,)),
+        empty((), dtype=torch.int64),
     )
 
 
@@ -385,7 +385,7 @@ class _PairLoss(torch.autograd.Function):
         if upstream is None:
             return unused
         gradient, *logps = ctx.saved_tensors
-        chosen, rejected = _Scaled.apply(gradient, upstream, *logps).unbind()  # type: ignore[no-untyped-call]
+        chosen, rejected = _Scaled.apply(gradient, upstream, *logps).unbind()
         gradients = (chosen, rejected, -chosen, -rejected)
         return (
             *(g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, logps, ctx.needs_input_grad)),
@@ -394,7 +394,7 @@ class _PairLoss(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The product of a saved gradient with the one from upstream; knows the log-probs, to refuse a second derivative."""
+    """The product of a saved gradient with the one from upstream; sees the log-probs, to refuse a second derivative."""
 
     @staticmethod
     def forward(gradient: Tensor, upstream: Tensor, *logps: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from amapo_loss import (
     reference,
     simpo_loss,
 )
+from tests.backends import OnBackend, every_backend, on_gpu, triton_loss, two_launches
 from tests.test_functional import NO_MARGIN, random_logps, statistics
 from tests.test_oracle import MARGINS
 
@@ -27,54 +28,69 @@ every_margin = pytest.mark.parametrize(
 )
 LOSSES: dict[str, Any] = {
     "amapo": amapo_loss,
+    "amapo in triton": triton_loss,
+    "amapo in two launches": two_launches,
     "amapo, supplied statistics": lambda *x, **o: amapo_loss(*x, statistics=statistics(0.3, 1.0), **o),
     "simpo": simpo_loss,
     "dpo": lambda chosen, rejected, **o: dpo_loss(chosen, rejected, *torch.zeros(2, len(chosen)), **o),
 }
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES)
+every_loss = pytest.mark.parametrize(
+    "loss_fn",
+    [
+        pytest.param(loss_fn, id=name, marks=on_gpu if isinstance(loss_fn, OnBackend) else [])
+        for name, loss_fn in LOSSES.items()
+    ],
+)
 
 
+@every_backend
 @every_margin
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_one_pair_is_simpo_with_gamma_0(margin: AdaptiveMargin, reduction: Any) -> None:
+def test_one_pair_is_simpo_with_gamma_0(loss_fn: OnBackend, margin: AdaptiveMargin, reduction: Any) -> None:
     chosen, rejected = random_logps(1)
-    loss, diagnostics = amapo_loss(chosen, rejected, margin=margin, reduction=reduction)
-    assert torch.equal(loss, simpo_loss(chosen, rejected, gamma=0.0, reduction=reduction).loss)
+    loss, diagnostics = loss_fn(chosen, rejected, margin=margin, reduction=reduction)
+    torch.testing.assert_close(loss, simpo_loss(chosen, rejected, gamma=0.0, reduction=reduction).loss)
     assert diagnostics.margins.tolist() == [0.0]
     assert diagnostics.statistics.std == 0
     assert diagnostics.statistics.count == 1
 
 
+@every_backend
 @settings(max_examples=300, deadline=None)
 @given(
     st.integers(2, 500), st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.sampled_from([0.01, 0.3, 2.0, 7.0]),
     st.sampled_from(MARGINS), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )  # fmt: skip
 def test_equal_scores_have_no_margins(
-    n: int, chosen: float, rejected: float, beta: float, margin: AdaptiveMargin, dtype: torch.dtype
+    loss_fn: OnBackend, n: int, chosen: float, rejected: float, beta: float, margin: AdaptiveMargin, dtype: torch.dtype
 ) -> None:
+    if loss_fn.backend == "triton" and dtype == torch.float64:
+        dtype = torch.float16
     pairs = (torch.full((n,), chosen, dtype=dtype), torch.full((n,), rejected, dtype=dtype))
-    assert not amapo_loss(*pairs, beta=beta, margin=margin).diagnostics.margins.any()
+    assert not loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins.any()
 
 
+@every_backend
 @settings(max_examples=300, deadline=None)
 @given(st.integers(2, 500), st.integers(0, 2**31), st.floats(-30, 30), st.sampled_from(MARGINS), st.booleans())
 def test_scores_equal_up_to_rounding_have_no_margins(
-    n: int, seed: int, difference: float, margin: AdaptiveMargin, with_ref: bool
+    loss_fn: OnBackend, n: int, seed: int, difference: float, margin: AdaptiveMargin, with_ref: bool
 ) -> None:
     """Log-probs of all sizes whose difference would be the same, had they not been rounded to float32."""
     rng = np.random.default_rng(seed)
     rejected = rng.uniform(-900, -100, n)
     refs = (rejected + 3.0, rejected) if with_ref else ()  # the policy's and the reference's differences cancel
     batch = [torch.tensor(x, dtype=torch.float32) for x in (rejected + difference, rejected, *refs)]
-    assert not amapo_loss(*batch, margin=margin).diagnostics.margins.any()
+    assert not loss_fn(*batch, margin=margin).diagnostics.margins.any()
 
 
+@every_backend
+@settings(deadline=None)
 @given(st.floats(-2.0, 2.0).filter(lambda x: abs(x) > 0.01), st.integers(0, 50))
-def test_pairs_at_the_mean_have_no_margin(offset: float, extra: int) -> None:
+def test_pairs_at_the_mean_have_no_margin(loss_fn: OnBackend, offset: float, extra: int) -> None:
     """Scores that lie symmetrically around one that is the mean, which no rounding of a sum can tell from it."""
     steps = torch.cat([torch.zeros(1), *(torch.tensor([-k, k]) / 7 for k in range(1, extra + 2))])
-    margins = amapo_loss(steps + offset, torch.zeros(len(steps))).diagnostics.margins
+    margins = loss_fn(steps + offset, torch.zeros(len(steps))).diagnostics.margins
     assert margins[0] == 0
     assert torch.count_nonzero(margins) == extra + 1
 
@@ -100,6 +116,14 @@ def test_the_exponent_cap_leaves_the_gradient_alone(beta: float, formula: Any, m
     assert not uncapped.loss.isfinite()
     for got, expected in zip(capped_gradients, uncapped_gradients):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("loss_fn", [pytest.param(triton_loss, marks=on_gpu), pytest.param(two_launches, marks=on_gpu)])
+def test_the_kernel_has_the_same_cap(loss_fn: OnBackend) -> None:
+    inputs = [x.detach() * 1e3 for x in random_logps(64)]
+    expected = amapo_loss(*inputs).diagnostics.margins
+    assert expected.max() == 2 * torch.tensor(60.0).exp()
+    torch.testing.assert_close(loss_fn(*inputs).diagnostics.margins, expected, rtol=1e-3, atol=0)
 
 
 def test_a_million_capped_losses_add_up() -> None:
@@ -135,19 +159,25 @@ def test_a_nonfinite_log_prob_makes_the_loss_nan(loss_fn: Any, bad: float, side:
     assert diagnostics.summary()["amapo/nonfinite"] == 1
 
 
+@every_backend
 @every_margin
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("n", [1, 6])
-def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(margin: AdaptiveMargin, bad: float, n: int) -> None:
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(
+    loss_fn: OnBackend, margin: AdaptiveMargin, bad: float, n: int
+) -> None:
     chosen, rejected = random_logps(n)
     with torch.no_grad():
         chosen[n // 2] = bad
     for given_statistics in (None, statistics(0.3, 1.0), statistics(-0.3, 1.0)):
-        loss = amapo_loss(chosen, rejected, margin=margin, statistics=given_statistics, reduction="none").loss
+        loss, diagnostics = loss_fn(
+            chosen, rejected, margin=margin, statistics=given_statistics, reduction="none"
+        )
         assert loss.isnan().all()
+        assert diagnostics.summary()["amapo/margin_max"].isnan()
     ref = (torch.zeros(n).index_fill(0, torch.tensor(n // 2), bad), torch.zeros(n))
     chosen, rejected = random_logps(n)
-    assert amapo_loss(chosen, rejected, *ref, margin=margin).loss.isnan()
+    assert loss_fn(chosen, rejected, *ref, margin=margin).loss.isnan()
 
 
 @every_loss
@@ -185,11 +215,11 @@ def test_mixed_dtypes_are_computed_in_the_widest() -> None:
     assert loss.dtype == diagnostics.margins.dtype == torch.float64
 
 
-@every_loss
+@pytest.mark.parametrize("loss_fn", [loss_fn for loss_fn in LOSSES.values() if not isinstance(loss_fn, OnBackend)])
 def test_float64_stays_float64(loss_fn: Any) -> None:
     loss, diagnostics = loss_fn(*(x.double() for x in random_logps(5)))
     assert loss.dtype == torch.float64
-    tensors = [value for value in diagnostics if isinstance(value, torch.Tensor)]
+    tensors = [diagnostics.margins, diagnostics.scores, diagnostics.gradient_weights, diagnostics.chosen_rewards]
     assert {x.dtype for x in tensors} == {torch.float64}
 
 
@@ -225,11 +255,12 @@ def test_second_derivative_is_that_of_the_objective(margin: AdaptiveMargin) -> N
     torch.testing.assert_close(second, 4 * w * (1 - w))
 
 
-def test_a_length_of_zero_counts_as_one() -> None:
+@every_backend
+def test_a_length_of_zero_counts_as_one(loss_fn: OnBackend) -> None:
     chosen, rejected = random_logps(4)
     lengths = torch.tensor([0, 1, 2, 3])
-    with_zero = amapo_loss(chosen, rejected, chosen_lengths=lengths, rejected_lengths=lengths)
-    with_one = amapo_loss(chosen, rejected, chosen_lengths=lengths.clamp(min=1), rejected_lengths=lengths.clamp(min=1))
+    with_zero = loss_fn(chosen, rejected, chosen_lengths=lengths, rejected_lengths=lengths)
+    with_one = loss_fn(chosen, rejected, chosen_lengths=lengths.clamp(min=1), rejected_lengths=lengths.clamp(min=1))
     assert torch.equal(with_zero.loss, with_one.loss)
 
 
@@ -239,3 +270,10 @@ def test_statistics_of_another_dtype_are_converted() -> None:
     doubles = ScoreStatistics(singles.mean.double(), singles.std.double(), singles.count)
     losses = [amapo_loss(*inputs, statistics=given_statistics).loss for given_statistics in (singles, doubles)]
     assert torch.equal(*losses)
+
+
+@every_backend
+def test_no_gradient_reaches_the_lengths(loss_fn: OnBackend) -> None:
+    lengths = torch.full((4,), 2.0, requires_grad=True)
+    loss = loss_fn(*random_logps(4), chosen_lengths=lengths, rejected_lengths=lengths).loss
+    assert torch.autograd.grad(loss, lengths, allow_unused=True) == (None,)

@@ -1,0 +1,50 @@
+"""The pairs that a loss is given, as one checked value. Knows tensors, and of the package only the checks."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from amapo_loss import checks
+
+
+class Pairs(NamedTuple):
+    """Log-probs and, where there are any, the reference's and the lengths: [B] each, on one device."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor | None = None
+    ref_rejected_logps: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+
+    def checked(self) -> "Pairs":
+        """The same, after raising for what does not fit together; no gradient flows into the lengths."""
+        logps = {"chosen_logps": self.chosen_logps, "rejected_logps": self.rejected_logps}
+        logps |= self._both_or_neither("ref_chosen_logps", "ref_rejected_logps")
+        lengths = self._both_or_neither("chosen_lengths", "rejected_lengths")
+        for name, tensor in logps.items():
+            checks.floating(name, tensor)
+        for name, tensor in lengths.items():
+            checks.real(name, tensor)
+        checks.aligned(logps | lengths)
+        return self._replace(**{name: tensor.detach() for name, tensor in lengths.items()})
+
+    def _both_or_neither(self, first: str, second: str) -> dict[str, Tensor]:
+        given = {name: getattr(self, name) for name in (first, second) if getattr(self, name) is not None}
+        if len(given) == 1:
+            (there,), (missing,) = given, {first, second} - set(given)
+            raise ValueError(f"{there} was given without {missing}: pass both or neither")
+        return given
+
+    def computable(self) -> "Pairs":
+        """The same, all in the floating dtype that they are computed in."""
+        dtype = checks.computing_dtype(*(tensor for tensor in self[:4] if tensor is not None))
+        return self._replace(**{name: tensor.to(dtype) for name, tensor in self.given().items()})
+
+    def detached(self) -> "Pairs":
+        """The same without their graph."""
+        return self._replace(**{name: tensor.detach() for name, tensor in self.given().items()})
+
+    def given(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}

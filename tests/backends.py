@@ -1,0 +1,60 @@
+"""The backends, each as a function that the tests call with tensors on the CPU, wherever it computes."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
+from amapo_loss.kernels import pair_loss
+
+GPU = torch.cuda.is_available()
+on_gpu = [pytest.mark.gpu] if GPU else []
+
+
+class OnBackend(NamedTuple):
+    """`amapo_loss` of one backend."""
+
+    backend: str
+    device: str
+    sizes: Mapping[str, int] = MappingProxyType({})  # instead of those of the kernels
+
+    def __call__(self, *tensors: torch.Tensor | None, **options: Any) -> AMaPOOutput:
+        with ExitStack() as stack:
+            for name, size in self.sizes.items():
+                stack.enter_context(patch.object(pair_loss, name, size))
+            loss, diagnostics = amapo_loss(
+                *moved(tensors, self.device), **moved(options, self.device), backend=self.backend
+            )
+        return AMaPOOutput(loss.cpu(), Diagnostics(*moved(tuple(diagnostics), "cpu")))
+
+
+def moved(value: Any, device: str) -> Any:
+    """The tensors in nested tuples and dictionaries to another device; gradients find their way back."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved(x, device) for name, x in value.items()}
+    if isinstance(value, tuple):
+        parts = [moved(x, device) for x in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+torch_loss = OnBackend("torch", "cpu")
+triton_loss = OnBackend("triton", "cuda" if GPU else "cpu")
+two_launches = triton_loss._replace(  # from 17 pairs on, and several programs from 257
+    sizes={"ONE_LAUNCH": 16, "TILE": 512, "STATISTICS_TILE": 256, "STATISTICS_PROGRAMS": 4}
+)
+every_backend = pytest.mark.parametrize(
+    "loss_fn",
+    [
+        pytest.param(torch_loss, id="torch"),
+        pytest.param(triton_loss, id="triton", marks=on_gpu),
+        pytest.param(two_launches, id="triton in two launches", marks=on_gpu),
+    ],
+)
