@@ -397,7 +397,10 @@ class _Scaled(torch.autograd.Function):
     """The product of a saved gradient with the one from upstream; sees the log-probs, to refuse a second derivative."""
 
     @staticmethod
-    def forward(gradient: Tensor, upstream: Tensor, *logps: Tensor | None) -> Tensor:
+    def forward(
+        gradient: Tensor, upstream: Tensor,
+        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         return gradient * upstream
 
     @staticmethod

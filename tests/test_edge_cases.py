@@ -128,7 +128,7 @@ def test_the_kernel_has_the_same_cap(loss_fn: OnBackend) -> None:
 
 def test_a_million_capped_losses_add_up() -> None:
     margins = torch.full((1_000_000,), 100.0) * torch.tensor(reference.MAX_EXPONENT).exp()
-    losses, _ = reference.pair_losses(torch.full_like(margins, -1e2), margins, 100.0, 0.0)
+    losses = reference.pair_losses(torch.full_like(margins, -1e2), margins, 100.0, 0.0)
     assert losses.sum().isfinite()
 
 
@@ -170,9 +170,7 @@ def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(
     with torch.no_grad():
         chosen[n // 2] = bad
     for given_statistics in (None, statistics(0.3, 1.0), statistics(-0.3, 1.0)):
-        loss, diagnostics = loss_fn(
-            chosen, rejected, margin=margin, statistics=given_statistics, reduction="none"
-        )
+        loss, diagnostics = loss_fn(chosen, rejected, margin=margin, statistics=given_statistics, reduction="none")
         assert loss.isnan().all()
         assert diagnostics.summary()["amapo/margin_max"].isnan()
     ref = (torch.zeros(n).index_fill(0, torch.tensor(n // 2), bad), torch.zeros(n))
@@ -276,4 +274,5 @@ def test_statistics_of_another_dtype_are_converted() -> None:
 def test_no_gradient_reaches_the_lengths(loss_fn: OnBackend) -> None:
     lengths = torch.full((4,), 2.0, requires_grad=True)
     loss = loss_fn(*random_logps(4), chosen_lengths=lengths, rejected_lengths=lengths).loss
-    assert torch.autograd.grad(loss, lengths, allow_unused=True) == (None,)
+    (gradient,) = torch.autograd.grad(loss, lengths, allow_unused=True)
+    assert gradient is None

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, amapo_loss, dpo_loss, sequence_logps, simpo_loss
+from amapo_loss import (
+    AdaptiveMargin,
+    AMaPOLoss,
+    ScoreStatistics,
+    amapo_loss,
+    dpo_loss,
+    kernels,
+    sequence_logps,
+    simpo_loss,
+)
 
 LOGPS = torch.linspace(-2, -1, 4)
 STATISTICS = ScoreStatistics(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(4))
@@ -159,6 +168,22 @@ def test_sequence_logps(logits: torch.Tensor, labels: torch.Tensor, error: type[
         sequence_logps(logits, labels)
 
 
-def test_triton_says_why_it_cannot_run() -> None:
-    with raises(RuntimeError, "backend='triton' cannot run: this version of amapo_loss has no Triton kernel yet"):
+def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for construct in (lambda: amapo_loss(LOGPS, LOGPS, backend="triton"), lambda: AMaPOLoss(backend="triton")):
+        with raises(RuntimeError, "backend='triton' cannot run: PyTorch sees no GPU: use backend='torch' or 'auto'"):
+            construct()
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    with raises(RuntimeError, "backend='triton' cannot run: Triton is not installed: `pip install triton`, or use"):
+        amapo_loss(LOGPS, LOGPS, backend="triton")
+    assert amapo_loss(LOGPS, LOGPS).loss.isfinite()  # auto
+
+
+def test_triton_says_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
+    with raises(ValueError, "backend='triton' computes in float32, got float64 log-probs: use backend='torch' or"):
+        amapo_loss(LOGPS, LOGPS.double(), backend="triton")
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    with raises(ValueError, "backend='triton' runs on a GPU, got chosen_logps on cpu: use backend='torch' or 'auto'"):
         amapo_loss(LOGPS, LOGPS, backend="triton")

@@ -186,9 +186,7 @@ def test_a_references_gradient_is_the_policys_reversed(loss_fn: OnBackend, reduc
 def test_a_reference_is_subtracted_and_lengths_divide(loss_fn: OnBackend) -> None:
     chosen, rejected, ref_chosen, ref_rejected = (*random_logps(16), *random_logps(16, seed=1))
     lengths = torch.arange(1, 17), torch.arange(17, 1, -1)
-    whole = loss_fn(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
-    )
+    whole = loss_fn(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
     by_hand = loss_fn((chosen - ref_chosen) / lengths[0], (rejected - ref_rejected) / lengths[1])
     torch.testing.assert_close(whole.loss, by_hand.loss)
     torch.testing.assert_close(whole.diagnostics.chosen_rewards, by_hand.diagnostics.chosen_rewards)
@@ -205,9 +203,7 @@ def test_micro_batches_with_the_whole_batchs_statistics_add_up(
     whole = loss_fn(*inputs, **options, margin=margin, reduction="sum")
     expected = gradients(whole, inputs)
     losses = [
-        loss_fn(
-            *micro_batch, **options, margin=margin, statistics=whole.diagnostics.statistics, reduction="sum"
-        ).loss
+        loss_fn(*micro_batch, **options, margin=margin, statistics=whole.diagnostics.statistics, reduction="sum").loss
         for micro_batch in zip(*(x.tensor_split(parts) for x in inputs))
     ]
     got = torch.autograd.grad(torch.stack(losses).sum(), inputs)
@@ -241,9 +237,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 
 @every_backend
 @pytest.mark.parametrize(("changed", "expected"), CHANGES, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
-def test_every_argument_changes_what_it_should(
-    loss_fn: OnBackend, changed: dict[str, Any], expected: set[str]
-) -> None:
+def test_every_argument_changes_what_it_should(loss_fn: OnBackend, changed: dict[str, Any], expected: set[str]) -> None:
     inputs = random_logps(17)
     plain, other = loss_fn(*inputs), loss_fn(*inputs, **changed)
     differing = {

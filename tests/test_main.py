@@ -1,5 +1,6 @@
 """`python -m amapo_loss`."""
 
+import os
 import subprocess
 import sys
 
@@ -9,17 +10,24 @@ import torch
 from amapo_loss import AdaptiveMargin, __main__, __version__, reference
 
 
-def test_reports_and_exits_0() -> None:
-    result = subprocess.run([sys.executable, "-m", "amapo_loss"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("environment", "triton"),
+    [
+        pytest.param(
+            {}, "can run on every cuda device" if torch.cuda.is_available() else "cannot run: PyTorch sees no"
+        ),
+        pytest.param({"TRITON_INTERPRET": "1"}, "can run interpreted, on the cpu"),
+    ],
+)
+def test_reports_and_exits_0(environment: dict[str, str], triton: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "amapo_loss"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    for expected in (
-        f"amapo-loss {__version__}",
-        f"torch   {torch.__version__}",
-        "cpu",
-        "triton  cannot run:",
-        "agrees",
-    ):
+    for expected in (f"amapo-loss {__version__}", f"torch   {torch.__version__}", "cpu", f"triton  {triton}"):
         assert expected in result.stdout
+    checked = [line.split()[0] for line in result.stdout.splitlines() if line.endswith("agrees")]
+    assert set(checked) == ({"torch"} if "cannot" in triton else {"torch", "triton"})
 
 
 def test_exits_1_if_a_backend_disagrees(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -282,8 +282,8 @@ def unit_of(dtype: torch.dtype) -> float:
     st.sampled_from(["mean", "sum", "none"]), st.integers(0, 2**31),
 )  # fmt: skip
 def test_amapo(
-    loss_fn: OnBackend, batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float], dtype: torch.dtype,
-    with_ref: bool, with_lengths: bool, reduction: Any, seed: int,
+    loss_fn: OnBackend, batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float],
+    dtype: torch.dtype, with_ref: bool, with_lengths: bool, reduction: Any, seed: int,
 ) -> None:  # fmt: skip
     chosen, rejected = batch
     if loss_fn.backend == "triton" and dtype == torch.float64:
@@ -320,7 +320,12 @@ def test_amapo(
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(MARGINS), options, st.floats(-2, 2), st.floats(0.01, 3))
 def test_amapo_with_supplied_statistics(
-    loss_fn: OnBackend, batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float], mean: float, std: float
+    loss_fn: OnBackend,
+    batch: tuple[Array, Array],
+    margin: AdaptiveMargin,
+    options: dict[str, float],
+    mean: float,
+    std: float,
 ) -> None:
     scale = float(np.abs(batch).max())  # statistics in the range of the batch, but not its own
     supplied = [float(np.float32(options["beta"] * scale * value)) for value in (mean, std)]
