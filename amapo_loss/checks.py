@@ -14,9 +14,12 @@ def floating(name: str, value: object) -> Tensor:
     return value
 
 
-def computing_dtype(*tensors: Tensor) -> torch.dtype:
-    """What floating tensors are computed in: float64 where one of them is, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What floating tensors, where there are any, are computed in: float64 where one of them is, else float32."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def real(name: str, value: object) -> Tensor:

@@ -39,7 +39,8 @@ class Diagnostics(NamedTuple):
         statistics: the mean and standard deviation that the margins were made from, in score units.
         beta: scale of the ranking score.
         label_smoothing: $\epsilon$.
-        entries: [15] those of `summary`, in the order of `SUMMARY`, where the backend computed them with the loss.
+        rewards: [3, B] scores, chosen and rejected rewards, and
+        entries: [15] those of `summary`, in the order of `SUMMARY`; each where the backend had them anyway.
 
     What the properties return is float32, or float64 where a log-prob is.
 
@@ -50,31 +51,31 @@ class Diagnostics(NamedTuple):
     statistics: ScoreStatistics
     beta: float
     label_smoothing: float
+    rewards: Tensor | None = None
     entries: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
         r"""[B] ranking scores $r_i = \beta d_i$; a pair is ranked correctly where $r_i > 0$."""
-        return self.beta * self._d()
-
-    @property
-    def gradient_weights(self) -> Tensor:
-        r"""[B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair."""
-        return reference.gradient_weights(self._d(), self.margins, self.beta, self.label_smoothing)
+        return self._rewards()[0]
 
     @property
     def chosen_rewards(self) -> Tensor:
         r"""[B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, reference and length where given."""
-        return self.beta * reference.log_ratios(self.pairs.computable())[0]
+        return self._rewards()[1]
 
     @property
     def rejected_rewards(self) -> Tensor:
         """[B] the same of the rejected responses."""
-        return self.beta * reference.log_ratios(self.pairs.computable())[1]
+        return self._rewards()[2]
 
-    def _d(self) -> Tensor:
-        chosen, rejected = reference.log_ratios(self.pairs.computable())
-        return chosen - rejected
+    @property
+    def gradient_weights(self) -> Tensor:
+        r"""[B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair."""
+        return reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
+
+    def _rewards(self) -> Tensor:
+        return reference.differences(self.pairs.computable(), self.beta)[1] if self.rewards is None else self.rewards
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """The batch in 15 scalars, under TRL's names where TRL has one.
@@ -107,11 +108,12 @@ class Diagnostics(NamedTuple):
         return {prefix + name: values[name] for name in SUMMARY}
 
     def _entries(self) -> dict[str, Tensor]:
-        scores, weights, zero = self.scores, self.gradient_weights, torch.zeros_like(self.margins)
+        scores, chosen_rewards, rejected_rewards = self._rewards()
+        weights, zero = self.gradient_weights, torch.zeros_like(scores)
         correct, misranked = scores > 0, scores <= 0
         columns = {
-            "rewards/chosen": self.chosen_rewards,
-            "rewards/rejected": self.rejected_rewards,
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
             "rewards/accuracies": correct,
             "rewards/margins": scores,
             "logps/chosen": self.pairs.chosen_logps,

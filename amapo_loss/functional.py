@@ -195,19 +195,14 @@ def _check_objective(beta: float, label_smoothing: float, reduction: Reduction) 
 def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
     """Whether the kernel computes these pairs; raises where it was asked for and cannot."""
     device = pairs.chosen_logps.device
-    exact = any(tensor is not None and tensor.dtype == torch.float64 for tensor in pairs[:4])
-    if backend == "auto":
-        return device.type == "cuda" and not exact and kernels.HAS_TRITON
-    if backend == "triton":
-        if exact:
-            raise ValueError(
-                "backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'"
-            )
-        if device.type != ("cpu" if kernels.interpreted() else "cuda"):
-            raise ValueError(
-                f"backend='triton' runs on a GPU, got chosen_logps on {device}: use backend='torch' or 'auto'"
-            )
-    return backend == "triton"
+    if backend == "torch" or (backend == "auto" and not (device.type == "cuda" and kernels.HAS_TRITON)):
+        return False
+    exact = checks.computing_dtype(*pairs[:4]) == torch.float64
+    if backend == "triton" and exact:
+        raise ValueError("backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'")
+    if backend == "triton" and device.type != ("cpu" if kernels.interpreted() else "cuda"):
+        raise ValueError(f"backend='triton' runs on a GPU, got chosen_logps on {device}: use backend='torch' or 'auto'")
+    return not exact
 
 
 def _in_triton(
@@ -234,7 +229,7 @@ def _in_triton(
     )
     if statistics is None:
         statistics = ScoreStatistics(summary[-2], summary[-1], count)
-    return AMaPOOutput(loss, Diagnostics(pairs.detached(), margins, statistics, beta, label_smoothing, summary))
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), margins, statistics, beta, label_smoothing, entries=summary))
 
 
 def _in_torch(
@@ -245,42 +240,28 @@ def _in_torch(
     margin: AdaptiveMargin,
     reduction: Reduction,
 ) -> AMaPOOutput:
-    d, rewards = _differences(pairs, beta)
+    pairs = pairs.computable()
+    d, rewards = reference.differences(pairs, beta)
     r = rewards[0]
     if statistics is None:
         statistics = ScoreStatistics.of(r)
         mu, sigma, _ = statistics
     else:
         mu, sigma = statistics.mean + (0 * r).sum(), statistics.std  # NaN if a score is, as the batch's own would be
-    h = r if len(r) == 0 else reference.adaptive_margins(r, mu, sigma, rewards.abs().max(), beta, margin)
+    h = reference.adaptive_margins(r, mu, sigma, reference.magnitude(pairs, rewards, beta), beta, margin)
     loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
-    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, statistics, beta, label_smoothing))
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, statistics, beta, label_smoothing, rewards))
 
 
 def _constant_margin(
     pairs: Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
 ) -> AMaPOOutput:
-    d, (r, *_) = _differences(pairs, beta)
+    pairs = pairs.computable()
+    d, rewards = reference.differences(pairs, beta)
+    r = rewards[0]
     h = gamma + 0 * r  # NaN for a pair that is not finite, whose loss is NaN then
     loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
-    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, ScoreStatistics.of(r), beta, label_smoothing))
-
-
-def _differences(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
-    """The log-ratio differences d [B], with their graph; and, detached, [3 or 7, B] the rewards that it came from.
-
-    They are beta times d, the chosen and the rejected log-ratios, and with a reference what those were taken from.
-    """
-    pairs = pairs.computable()
-    chosen, rejected = reference.log_ratios(pairs)
-    d = chosen - rejected
-    terms = [d, chosen, rejected]
-    if pairs.ref_chosen_logps is not None:
-        sizes = pairs.chosen_lengths, pairs.rejected_lengths
-        terms += [
-            reference.log_ratio(logps, None, size) for logps, size in zip(pairs[:4], sizes * 2) if logps is not None
-        ]
-    return d, beta * torch.stack(terms).detach()
+    return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, ScoreStatistics.of(r), beta, label_smoothing, rewards))
 
 
 def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:

@@ -1,5 +1,6 @@
 """The pairs that a loss is given, as one checked value. Knows tensors, and of the package only the checks."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,13 +39,13 @@ class Pairs(NamedTuple):
 
     def computable(self) -> "Pairs":
         """The same, all in the floating dtype that they are computed in."""
-        dtype = checks.computing_dtype(*(tensor for tensor in self[:4] if tensor is not None))
-        return self._replace(**{name: tensor.to(dtype) for name, tensor in self.given().items()})
+        dtype = checks.computing_dtype(*self[:4])
+        return self._each(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
 
     def detached(self) -> "Pairs":
         """The same without their graph."""
-        return self._replace(**{name: tensor.detach() for name, tensor in self.given().items()})
+        return self._each(Tensor.detach)
 
-    def given(self) -> dict[str, Tensor]:
-        """Those that are there."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
+        chosen, rejected, *optional = self
+        return Pairs(function(chosen), function(rejected), *(x if x is None else function(x) for x in optional))

@@ -19,18 +19,36 @@ from amapo_loss.pairs import Pairs
 MAX_EXPONENT = 60.0
 
 
-def log_ratios(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Those of the chosen and of the rejected responses; with their graph."""
-    return (
-        log_ratio(pairs.chosen_logps, pairs.ref_chosen_logps, pairs.chosen_lengths),
-        log_ratio(pairs.rejected_logps, pairs.ref_rejected_logps, pairs.rejected_lengths),
-    )
+def differences(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
+    """The log-ratio differences d [B], with their graph, and the rewards [3, B] without.
+
+    Those are beta times d, which are the scores r, and beta times the log-ratios of both responses.
+    """
+    chosen = log_ratio(pairs.chosen_logps, pairs.ref_chosen_logps, pairs.chosen_lengths)
+    rejected = log_ratio(pairs.rejected_logps, pairs.ref_rejected_logps, pairs.rejected_lengths)
+    d = chosen - rejected
+    return d, beta * torch.stack((d, chosen, rejected)).detach()
 
 
 def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
     """(log pi(y) - log ref(y)) / |y|, each part where it is given; an empty response counts as one token."""
     ratio = logps if ref_logps is None else logps - ref_logps
     return ratio if lengths is None else ratio / lengths.masked_fill(lengths == 0, 1)
+
+
+def magnitude(pairs: Pairs, rewards: Tensor, beta: float) -> Tensor:
+    """Of the largest reward behind the scores, 0-dim; with a reference, of what that was taken from, too."""
+    if pairs.ref_chosen_logps is None or pairs.ref_rejected_logps is None:
+        return largest(rewards)
+    lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
+    logps = (pairs.chosen_logps, pairs.rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps)
+    terms = torch.stack([log_ratio(x.detach(), None, length) for x, length in zip(logps, lengths * 2)])
+    return torch.maximum(largest(rewards), beta * largest(terms))
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest absolute value, 0-dim; NaN if there is one, and 0 if there is nothing."""
+    return x.abs().max() if x.numel() else x.sum()
 
 
 def adaptive_margins(
@@ -47,7 +65,7 @@ def adaptive_margins(
     if margin.formula == "paper":  # whose gate also turns over where mu is 0
         distance = torch.minimum(distance, mu.abs())
     # What is within rounding of the mean is at it, so that no gate depends on the order of a sum.
-    z = below * (distance > 2 * eps * r.abs().max()) / sigma
+    z = below.masked_fill(distance <= 2 * eps * largest(r), 0) / sigma
     if not margin.normalize:
         z = (z > 0) + 0 * z  # NaN stays NaN
 
@@ -58,7 +76,7 @@ def adaptive_margins(
         exponent = gamma if margin.formula == "paper" else gamma / beta  # released: the mean of d, not of r
         h = beta * exponent.clamp_max(MAX_EXPONENT).exp()
     if margin.clip:
-        return h * (gamma if margin.formula == "paper" else z).sign().relu()  # 1 behind the open gate, else 0
+        return h.masked_fill((gamma if margin.formula == "paper" else z) <= 0, 0)  # the gate; NaN stays NaN
     return h * sigma.isfinite()
 
 
@@ -73,6 +91,7 @@ def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Te
     return losses - label_smoothing * shortfall if label_smoothing else losses
 
 
-def gradient_weights(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+def gradient_weights(r: Tensor, h: Tensor, label_smoothing: float) -> Tensor:
     """The gradient weights w = -dL/dr = sigmoid(y) - eps [B] of these losses."""
-    return torch.add(h, d, alpha=-beta).sigmoid() - label_smoothing
+    weights = (h - r).sigmoid()
+    return weights - label_smoothing if label_smoothing else weights

@@ -112,7 +112,7 @@ def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
     distance = tl.abs(below)
     if PAPER:
         distance = tl.minimum(distance, tl.abs(mu))
-    z = below * (distance > 2 * EPS * largest).to(tl.float32) / sigma
+    z = tl.where(distance <= 2 * EPS * largest, 0.0, below) / sigma
     if not NORMALIZE:
         z = (z > 0).to(tl.float32) + 0 * z
 
@@ -123,7 +123,7 @@ def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
         h = beta * tl.exp(tl.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))  # tl.minimum would lose a NaN
     if CLIP:
         gate = gamma if PAPER else z
-        return h * (gate > 0).to(tl.float32)
+        return tl.where(gate <= 0, 0.0, h)
     return h * (sigma < INF).to(tl.float32)
 
 
