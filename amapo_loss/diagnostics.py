@@ -42,7 +42,7 @@ class Diagnostics(NamedTuple):
         rewards: [3, B] scores, chosen and rejected rewards, and
         entries: [15] those of `summary`, in the order of `SUMMARY`; each where the backend had them anyway.
 
-    What the properties return is float32, or float64 where a log-prob is.
+    What the properties return is float32, or float64 where a log-prob is; so are the margins.
 
     """
 

@@ -64,7 +64,9 @@ def amapo_loss(
         statistics: the mean and the standard deviation to take the margins from, in score units, instead of this
             batch's own: with those of a whole optimizer batch, its micro-batches add up to exactly its gradient.
         reduction: `"mean"` over the B pairs (0 if there is none), `"sum"`, or `"none"` for the [B] losses.
-        backend: `"torch"` or `"triton"`; `"auto"` takes the fastest that can run.
+        backend: `"torch"`, or `"triton"`: one kernel launch for the loss, its gradient and the summary, on a GPU and in
+            float32. `"auto"` takes Triton for log-probs on a GPU, except float64 ones, and torch for all others. Only
+            torch has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`, in float32 (float64 where an input is). A NaN or infinite log-prob makes the
@@ -75,8 +77,10 @@ def amapo_loss(
         TypeError: for log-probs that are no floating tensors, lengths that are no real tensors, a `beta` or
             `label_smoothing` that is no number, a `margin` or `statistics` of another type.
         ValueError: for shapes that are not 1-D or differ, devices that differ, one reference or length without the
-            other, a `beta` or `label_smoothing` out of range, an unknown `reduction` or `backend`.
-        RuntimeError: for `backend="triton"` where it cannot run; says why.
+            other, a `beta` or `label_smoothing` out of range, an unknown `reduction` or `backend`; for
+            `backend="triton"` and float64 log-probs, or any that are not on a GPU.
+        RuntimeError: for `backend="triton"` where it cannot run; says why. In the backward pass, for the second
+            derivative of a loss that Triton computed.
 
     Example:
         >>> import torch
@@ -215,7 +219,7 @@ def _in_triton(
 ) -> AMaPOOutput:
     from amapo_loss.kernels.pair_loss import pair_loss  # Triton takes a second to import, and may not be installed
 
-    loss, margins, summary, count = pair_loss(
+    loss, margins, summary, own_statistics = pair_loss(
         pairs[:4],
         pairs[4:],
         (None, None) if statistics is None else statistics[:2],
@@ -228,7 +232,7 @@ def _in_triton(
         reduction,
     )
     if statistics is None:
-        statistics = ScoreStatistics(summary[-2], summary[-1], count)
+        statistics = ScoreStatistics(*own_statistics)
     return AMaPOOutput(loss, Diagnostics(pairs.detached(), margins, statistics, beta, label_smoothing, entries=summary))
 
 

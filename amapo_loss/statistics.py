@@ -12,7 +12,7 @@ class ScoreStatistics(NamedTuple):
     """Mean and standard deviation of the ranking scores of `count` pairs, in score units (beta included).
 
     Args:
-        mean: 0-dim floating tensor.
+        mean: 0-dim floating tensor; from Triton in float64, as its rounding shows where it is far larger than the std.
         std: 0-dim floating tensor with Bessel's correction; 0 where fewer than two pairs leave it undefined.
         count: 0-dim tensor, the number of pairs.
 

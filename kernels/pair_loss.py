@@ -147,7 +147,7 @@ def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta
                           PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
                           CLIP: tl.constexpr):  # fmt: skip
     """Store margins, gradients and, with PER_PAIR, losses; return the totals [16] that `_finish` summarizes."""
-    LOSS, GRADIENT, MARGINS, _, _ = OUT
+    LOSS, GRADIENT, MARGINS, _, _, _ = OUT
     r, _, (chosen_logps, chosen, chosen_size), (rejected_logps, rejected, rejected_size) = pairs
     h = _adaptive_margins(r, mu, sigma, magnitude, largest, beta, PAPER, NORMALIZE, EXP, CLIP)
     losses, weights = _pair_losses(r, h, eps)
@@ -184,8 +184,8 @@ def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta
 
 @triton.jit
 def _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR: tl.constexpr):
-    """From the totals of the whole batch, store the loss, the summary and the number of pairs."""
-    LOSS, _, _, SUMMARY, COUNT = OUT
+    """From the totals of the whole batch, store the loss, the summary, the statistics [2] and the number of pairs."""
+    LOSS, _, _, SUMMARY, MEAN_AND_STD, COUNT = OUT
     k = tl.arange(0, 16)
     if not PER_PAIR:
         tl.store(LOSS + k, scale * totals, mask=k == 0)
@@ -202,6 +202,8 @@ def _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR: tl.constexpr):
     summary = tl.where(k == MEAN, mu.to(tl.float32), summary)
     summary = tl.where(k == STD, sigma, summary)
     tl.store(SUMMARY + k - 1, summary, mask=k > 0)
+    tl.store(MEAN_AND_STD, mu)  # in float64, so that whoever supplies them to another batch gets the same margins there
+    tl.store(MEAN_AND_STD + 1, sigma.to(tl.float64))
     tl.store(COUNT, tl.cast(n, tl.int64))
 
 
@@ -301,10 +303,10 @@ def _launch(
     chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
     mean: Tensor | None, std: Tensor | None, beta_on_device: Tensor | None, beta: float, label_smoothing: float,
     paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str, with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, gradient [2, n] (or empty), margins [n], summary [15], number of pairs; shapes as `_outputs` has them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, gradient, margins, summary, mean and std, number of pairs; their shapes are in `_outputs`."""
     out = _outputs(chosen_logps, reduction, with_gradient)
-    loss, gradient, margins, summary, count = out
+    loss, gradient, margins, summary, mean_and_std, count = out
     n = len(margins)
     chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
@@ -313,7 +315,7 @@ def _launch(
         "PER_PAIR": reduction == "none", "PAPER": paper, "NORMALIZE": normalize, "EXP": exponential, "CLIP": clip,
         "enable_fp_fusion": False,
     }  # fmt: skip
-    pointers = (loss, gradient if with_gradient else None, margins, summary, count)
+    pointers = (loss, gradient if with_gradient else None, margins, summary, mean_and_std, count)
     with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, the tensors may be on another
         if n <= ONE_LAUNCH:
             block = max(128, triton.next_power_of_2(n))
@@ -338,13 +340,16 @@ def _launch(
     return out
 
 
-def _outputs(logps: Tensor, reduction: str, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    logps: Tensor, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, empty = logps.shape[0], partial(torch.empty, dtype=torch.float32, device=logps.device)
     return (
         empty((n,) if reduction == "none" else ()),
         empty((2, n) if with_gradient else (0,)),
         empty((n,)),
         empty((15,)),
+        empty((2,), dtype=torch.float64),
         empty((), dtype=torch.int64),
     )
 
@@ -362,7 +367,7 @@ _library.impl("pair_loss", _launch, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("amapo_loss::pair_loss", lib=_library)
-def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(chosen_logps, *arguments[-2:])
 
 
@@ -420,16 +425,19 @@ def pair_loss(
     lengths: tuple[Tensor | None, Tensor | None],
     statistics: tuple[Tensor | None, Tensor | None],
     beta: float, label_smoothing: float, paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of checked arguments [n] on one device: the loss, differentiable in `logps`; margins [n], summary [15], count."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Of checked arguments [n] on one device: the loss, differentiable in `logps`, margins [n] and summary [15].
+
+    Then the statistics: mean and standard deviation in float64, of these scores or as supplied, and the number of pairs.
+    """
     beta_on_device = None
     if torch.compiler.is_compiling():  # a number would be compiled in, and every other one compiled anew
         beta_on_device = torch.ones((), dtype=torch.float32, device=logps[0].device) * beta
         beta = 1.0
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in logps)
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
-    loss, _, margins, summary, count = run(
+    loss, _, margins, summary, mean_and_std, count = run(
         *logps, *lengths, *statistics, beta_on_device, beta, label_smoothing,
         paper, normalize, exponential, clip, reduction, with_gradient,
     )  # fmt: skip
-    return loss, margins, summary, count
+    return loss, margins, summary, (mean_and_std[0], mean_and_std[1], count)

@@ -12,7 +12,9 @@ from torch import Tensor
 from amapo_loss import AdaptiveMargin, amapo_loss
 from benchmarks import demo, formulas, latency
 from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
+from benchmarks.floor import empty_kernel
 from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
+from tests.backends import triton_loss
 
 GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 SMALL = [
@@ -156,16 +158,34 @@ def test_latency_writes_table_json_and_picture(
 ) -> None:
     out = tmp_path / "latency.json"
     arguments = ["--pairs", "3", "5", "--rounds", "2", "--repeats", "2", "--out", str(out)]
+    every = latency.variants
+
+    def eager_only(device: str) -> dict[str, latency.Variant]:
+        return {name: variant for name, variant in every(device).items() if ":" not in name}
+
     monkeypatch.setattr(sys, "argv", ["latency", *arguments])
-    monkeypatch.setattr(latency, "VARIANTS", {name: step for name, step in latency.VARIANTS.items() if ":" not in name})
+    monkeypatch.setattr(latency, "variants", eager_only)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     latency.main()
     torch.set_num_threads(threads)
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["pairs"], row["variant"]) for row in rows] == [(n, name) for n in (3, 5) for name in latency.VARIANTS]
+    expected = [(latency.BASELINE, "loss"), *(("amapo_loss", reading) for reading in latency.READS)]
+    assert [(row["pairs"], row["variant"], row["reading"]) for row in rows] == [
+        (n, *e) for n in (3, 5) for e in expected
+    ]
     assert all(row["ratio"] == 1 for row in rows if row["variant"] == latency.BASELINE)
-    assert "amapo_loss + summary()" in capsys.readouterr().out
+    assert all(row["device_us"] is row["launches"] is row["waits"] is None for row in rows)  # never guessed
+    printed = capsys.readouterr().out
+    assert "and summary" in printed
+    assert "released arithmetic" in printed
     assert out.with_suffix(".png").exists()
+
+
+def test_the_floor_launches_a_kernel() -> None:
+    inputs = [torch.randn(4, device=triton_loss.device, requires_grad=True) for _ in range(2)]
+    empty_kernel(inputs[0], inputs[1]).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)
 
 
 def test_formulas_draws_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
