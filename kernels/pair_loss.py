@@ -428,7 +428,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Of checked arguments [n] on one device: the loss, differentiable in `logps`, margins [n] and summary [15].
 
-    Then the statistics: mean and standard deviation in float64, of these scores or as supplied, and the number of pairs.
+    Then the statistics: mean and standard deviation, float64, of these scores or as supplied, and the number of pairs.
     """
     beta_on_device = None
     if torch.compiler.is_compiling():  # a number would be compiled in, and every other one compiled anew
