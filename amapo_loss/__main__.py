@@ -18,7 +18,8 @@ MARGINS = (AdaptiveMargin(), AdaptiveMargin("released"))
 def main() -> int:
     """Print the report; 0 if every usable backend agrees with the reference on every device, else 1."""
     print(f"amapo-loss {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "triton", "trl"):
+    print(f"  torch   {torch.__version__}")
+    for package in ("triton", "trl"):
         print(f"  {package:<8}{_version(package)}")
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -148,7 +148,9 @@ def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta
                           CLIP: tl.constexpr):  # fmt: skip
     """Store margins, gradients and, with PER_PAIR, losses; return the totals [16] that `_finish` summarizes."""
     LOSS, GRADIENT, MARGINS, _, _, _ = OUT
-    r, _, (chosen_logps, chosen, chosen_size), (rejected_logps, rejected, rejected_size) = pairs
+    r, _, chosen_side, rejected_side = pairs
+    chosen_logps, chosen, chosen_size = chosen_side
+    rejected_logps, rejected, rejected_size = rejected_side
     h = _adaptive_margins(r, mu, sigma, magnitude, largest, beta, PAPER, NORMALIZE, EXP, CLIP)
     losses, weights = _pair_losses(r, h, eps)
 
