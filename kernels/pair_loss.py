@@ -106,13 +106,13 @@ def _statistics(STATISTICS, p, sum1, sum2, n):
 def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
                       PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
     """The margins h; line by line `amapo_loss.reference.adaptive_margins`, which says why."""
-    sigma = tl.where(sigma <= 8 * EPS * magnitude, INF, sigma)
+    sigma = tl.where(sigma <= magnitude * (8 * EPS), INF, sigma)
     below = (mu - r.to(tl.float64)).to(tl.float32)
     mu = mu.to(tl.float32)
     distance = tl.abs(below)
     if PAPER:
         distance = tl.minimum(distance, tl.abs(mu))
-    z = tl.where(distance <= 2 * EPS * largest, 0.0, below) / sigma
+    z = tl.where(distance <= largest * (2 * EPS), 0.0, below) / sigma
     if not NORMALIZE:
         z = (z > 0).to(tl.float32) + 0 * z
 
