@@ -20,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 ONE_LAUNCH = 8192  # pairs; beyond, the registers of one program overflow
-TILE = 2048  # pairs a program in the second of two launches
-STATISTICS_TILE = 2048
-STATISTICS_PROGRAMS = 512  # few enough for every program of the second launch to add up their sums
+TILE = 2048  # pairs that a program of two launches holds at a time
+FIRST_PROGRAMS = 512  # at most; few enough for every program of the second launch to add up their sums
+SECOND_PROGRAMS = 1024  # at most; few enough for the last of them to add up their totals
 
 EPS = tl.constexpr(2.0**-23)  # of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
-# The columns of totals [16] that need to be known by name; the order is that of `_pairs_of_one_program`.
+# The columns of totals [16] that need to be known by name; the order is that of `_block_of_pairs`.
 CORRECT = tl.constexpr(3)
 SUM_OF_MARGINS = tl.constexpr(7)
 WEIGHT_OF_CORRECT = tl.constexpr(10)
@@ -143,9 +143,9 @@ def _pair_losses(r, h, eps):
 
 
 @triton.jit
-def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta, eps, scale, OUT,
-                          PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                          CLIP: tl.constexpr):  # fmt: skip
+def _block_of_pairs(pairs, i, mask, mu, sigma, magnitude, largest, n, beta, eps, scale, OUT,
+                    PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
+                    CLIP: tl.constexpr):  # fmt: skip
     """Store margins, gradients and, with PER_PAIR, losses; return the totals [16] that `_finish` summarizes."""
     LOSS, GRADIENT, MARGINS, _, _, _ = OUT
     r, _, chosen_side, rejected_side = pairs
@@ -182,6 +182,12 @@ def _pairs_of_one_program(pairs, i, mask, mu, sigma, magnitude, largest, n, beta
     for column in tl.static_range(LARGEST_MARGIN):
         totals = tl.where(k == column, tl.sum(tl.where(mask, addends[column], 0.0)), totals)
     return totals
+
+
+@triton.jit
+def _added(totals, more):
+    """The totals of two sets of pairs together."""
+    return tl.where(tl.arange(0, 16) == LARGEST_MARGIN, tl.maximum(totals, more), totals + more)
 
 
 @triton.jit
@@ -225,7 +231,7 @@ def _one_launch(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale,
     pairs = _load_pairs(CHOSEN, REJECTED, i, mask, beta)
     sum1, sum2, largest, magnitude = _sums(pairs[0], p, pairs[1], mask)
     mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n)
-    totals = _pairs_of_one_program(
+    totals = _block_of_pairs(
         pairs, i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta, eps, scale, OUT,
         PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
     )  # fmt: skip
@@ -234,7 +240,7 @@ def _one_launch(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale,
 
 @triton.jit
 def _first_launch(CHOSEN, REJECTED, BETA, SUMS, FINISHED, n, beta, BLOCK: tl.constexpr):
-    """SUMS [4, programs]: each program adds up every so manieth block of BLOCK pairs."""
+    """SUMS [4, programs]; a program takes every programs-th block of pairs, from its own number on."""
     if BETA is not None:
         beta = tl.load(BETA)
     p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
@@ -264,7 +270,7 @@ def _first_launch(CHOSEN, REJECTED, BETA, SUMS, FINISHED, n, beta, BLOCK: tl.con
 def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, OUT, n, beta, eps, scale, sums,
                    PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
                    CLIP: tl.constexpr, MOST_SUMS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A block of pairs each program; TOTALS [programs, 16]; the last to finish makes the summary."""
+    """TOTALS [programs, 16]; a program takes blocks as in the first launch, the last to finish adds up the totals."""
     if BETA is not None:
         beta = tl.load(BETA)
     p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
@@ -276,23 +282,27 @@ def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, O
     mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n)
 
     program, programs = tl.program_id(0), tl.num_programs(0)
-    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
-    totals = _pairs_of_one_program(
-        _load_pairs(CHOSEN, REJECTED, i, mask, beta), i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta, eps,
-        scale, OUT, PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
-    )  # fmt: skip
     k = tl.arange(0, 16)
-    tl.store(TOTALS + program.to(tl.int64) * 16 + k, totals)
+    nothing = tl.where(k == LARGEST_MARGIN, -INF, 0.0)
+    totals = nothing
+    for block in range(program, tl.cdiv(n, BLOCK), programs):
+        i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = i < n
+        more = _block_of_pairs(
+            _load_pairs(CHOSEN, REJECTED, i, mask, beta), i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta,
+            eps, scale, OUT, PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
+        )  # fmt: skip
+        totals = _added(totals, more)
+    tl.store(TOTALS + program * 16 + k, totals)
+
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(FINISHED, 1, sem="acq_rel") == programs - 1:
-        totals = tl.where(k == LARGEST_MARGIN, -INF, 0.0)
+        totals = nothing
         for row in range(0, programs, 64):
             rows = row + tl.arange(0, 64)[:, None]
-            block = tl.load(TOTALS + rows.to(tl.int64) * 16 + k[None, :], mask=rows < programs, cache_modifier=".cg")
-            highest = tl.max(tl.where(rows < programs, block, -INF), axis=0)
-            total = tl.sum(tl.where(rows < programs, block, 0.0), axis=0)
-            totals = tl.where(k == LARGEST_MARGIN, tl.maximum(totals, highest), totals + total)
+            some = tl.load(TOTALS + rows * 16 + k[None, :], mask=rows < programs, cache_modifier=".cg")
+            some = tl.where(rows < programs, some, nothing[None, :])
+            totals = _added(totals, tl.where(k == LARGEST_MARGIN, tl.max(some, axis=0), tl.sum(some, axis=0)))
         _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR)
 
 
@@ -326,18 +336,17 @@ def _launch(
                 BLOCK=block, num_warps=min(max(block // 512, 1), 16),
             )  # fmt: skip
             return out
-        sums = min(triton.cdiv(n, STATISTICS_TILE), STATISTICS_PROGRAMS)
-        programs = triton.cdiv(n, TILE)
+        sums, programs = (min(triton.cdiv(n, TILE), most) for most in (FIRST_PROGRAMS, SECOND_PROGRAMS))
         partial_sums = margins.new_empty((4, sums), dtype=torch.float64)
         totals = margins.new_empty((programs, 16))
         finished = margins.new_empty((), dtype=torch.int32)
         _first_launch[(sums,)](
-            chosen, rejected, beta_on_device, partial_sums, finished, n, beta, BLOCK=STATISTICS_TILE, num_warps=8,
+            chosen, rejected, beta_on_device, partial_sums, finished, n, beta, BLOCK=TILE, num_warps=8,
             enable_fp_fusion=False,
         )  # fmt: skip
         _second_launch[(programs,)](
             chosen, rejected, (mean, std), beta_on_device, partial_sums, finished, totals, pointers, *numbers, sums,
-            **options, MOST_SUMS=STATISTICS_PROGRAMS, BLOCK=TILE, num_warps=8,
+            **options, MOST_SUMS=FIRST_PROGRAMS, BLOCK=TILE, num_warps=8,
         )  # fmt: skip
     return out
 
