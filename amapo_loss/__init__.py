@@ -8,7 +8,7 @@ from amapo_loss.functional import AMaPOOutput, amapo_loss, dpo_loss, simpo_loss
 from amapo_loss.logps import sequence_logps
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.module import AMaPOLoss
-from amapo_loss.statistics import ScoreStatistics
+from amapo_loss.statistics import Estimator, ScoreStatistics, ScoreWindow
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,9 @@ __all__ = [
     "AMaPOOutput",
     "AdaptiveMargin",
     "Diagnostics",
+    "Estimator",
     "ScoreStatistics",
+    "ScoreWindow",
     "amapo_loss",
     "dpo_loss",
     "sequence_logps",

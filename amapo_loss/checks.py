@@ -79,5 +79,19 @@ def instance(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be of type {kind.__name__}, got {_kind(value)}")
 
 
+def positive_int(name: str, value: object) -> None:
+    """An int of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {_kind(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def process_group(name: str, value: object) -> None:
+    """A group of torch.distributed that this rank belongs to."""
+    if not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(f"{name} must be a torch.distributed group that this rank belongs to, got {_kind(value)}")
+
+
 def _kind(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

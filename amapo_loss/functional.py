@@ -4,12 +4,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from amapo_loss import checks, kernels, reference
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.pairs import Pairs
-from amapo_loss.statistics import ScoreStatistics
+from amapo_loss.statistics import Estimator, ScoreStatistics, gathered, merged, moments
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch"]
@@ -33,7 +34,8 @@ def amapo_loss(
     beta: float = 2.0,
     label_smoothing: float = 0.0,
     margin: AdaptiveMargin = AdaptiveMargin(),
-    statistics: ScoreStatistics | None = None,
+    statistics: ScoreStatistics | Estimator | None = None,
+    process_group: ProcessGroup | None = None,
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> AMaPOOutput:
@@ -62,8 +64,14 @@ def amapo_loss(
         label_smoothing: $\epsilon$ in [0, 0.5), the share of pairs believed to be labelled the wrong way round.
         margin: which formula, and which of its parts; see `AdaptiveMargin`.
         statistics: the mean and the standard deviation to take the margins from, in score units, instead of this
-            batch's own: with those of a whole optimizer batch, its micro-batches add up to exactly its gradient.
-        reduction: `"mean"` over the B pairs (0 if there is none), `"sum"`, or `"none"` for the [B] losses.
+            batch's own: with those of a whole optimizer batch, its micro-batches add up to exactly its gradient. Or
+            what estimates them from this batch's scores: a `ScoreWindow`, or a callable of yours, see `Estimator`.
+        process_group: the data-parallel group over whose pairs, of all its ranks, the statistics are taken. Costs one
+            collective of three numbers a rank; without it there is none.
+        reduction: `"mean"` over the B pairs (0 if there is none), `"sum"`, or `"none"` for the [B] losses. With a
+            process group, `"mean"` is over the pairs of all ranks, and scaled for the averaging of gradients that DDP
+            and FSDP do: the average over the ranks, of the losses and of the gradients, is exactly that of one
+            process with all pairs, however many each rank has. `"sum"` and `"none"` are of this rank's pairs.
         backend: `"torch"`, or `"triton"`: one kernel launch for the loss, its gradient and the summary, on a GPU and in
             float32. `"auto"` takes Triton for log-probs on a GPU, except float64 ones, and torch for all others. Only
             torch has second derivatives.
@@ -75,12 +83,12 @@ def amapo_loss(
 
     Raises:
         TypeError: for log-probs that are no floating tensors, lengths that are no real tensors, a `beta` or
-            `label_smoothing` that is no number, a `margin` or `statistics` of another type.
+            `label_smoothing` that is no number, a `margin`, `statistics` or `process_group` of another type.
         ValueError: for shapes that are not 1-D or differ, devices that differ, one reference or length without the
             other, a `beta` or `label_smoothing` out of range, an unknown `reduction` or `backend`; for
             `backend="triton"` and float64 log-probs, or any that are not on a GPU.
         RuntimeError: for `backend="triton"` where it cannot run; says why. In the backward pass, for the second
-            derivative of a loss that Triton computed.
+            derivative of a loss that Triton computed. Where another rank of `process_group` does not take part.
 
     Example:
         >>> import torch
@@ -95,16 +103,14 @@ def amapo_loss(
 
     Source: arXiv 2511.09385, section 4; with `AdaptiveMargin(formula="released")`, the authors' published trainer.
     """
-    check_options(beta, label_smoothing, margin, statistics, reduction, backend)
+    check_options(beta, label_smoothing, margin, statistics, process_group, reduction, backend)
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
     ).checked()
-    if statistics is not None:
-        for name in ("mean", "std"):
-            checks.scalar(f"statistics.{name}", getattr(statistics, name), chosen_logps.device)
-        statistics = ScoreStatistics(*(value.detach() for value in statistics))
+    if isinstance(statistics, ScoreStatistics):
+        statistics = _usable(statistics, chosen_logps.device)
     run = _in_triton if _runs_in_triton(backend, pairs) else _in_torch
-    return run(pairs, statistics, beta, label_smoothing, margin, reduction)
+    return run(pairs, statistics, process_group, beta, label_smoothing, margin, reduction)
 
 
 def dpo_loss(
@@ -176,15 +182,18 @@ def check_options(
     beta: float,
     label_smoothing: float,
     margin: AdaptiveMargin,
-    statistics: ScoreStatistics | None,
+    statistics: ScoreStatistics | Estimator | None,
+    process_group: ProcessGroup | None,
     reduction: Reduction,
     backend: Backend,
 ) -> None:
     """Raise for options that `amapo_loss` does not accept, whatever the batch."""
     _check_objective(beta, label_smoothing, reduction)
     checks.instance("margin", margin, AdaptiveMargin)
-    if statistics is not None:
-        checks.instance("statistics", statistics, ScoreStatistics)
+    if not (statistics is None or isinstance(statistics, ScoreStatistics) or callable(statistics)):
+        raise TypeError(f"statistics must be ScoreStatistics or a callable estimator, got {type(statistics).__name__}")
+    if process_group is not None:
+        checks.process_group("process_group", process_group)
     checks.choice("backend", backend, Backend)
     if backend == "triton" and (reason := kernels.unavailable_reason()):
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
@@ -209,20 +218,33 @@ def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
     return not exact
 
 
+def _usable(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
+    """Statistics from outside, checked and detached."""
+    checks.instance("statistics", statistics, ScoreStatistics)
+    for name in ("mean", "std"):
+        checks.scalar(f"statistics.{name}", getattr(statistics, name), device)
+    return ScoreStatistics(statistics.mean.detach(), statistics.std.detach(), statistics.count)
+
+
 def _in_triton(
     pairs: Pairs,
-    statistics: ScoreStatistics | None,
+    statistics: ScoreStatistics | Estimator | None,
+    process_group: ProcessGroup | None,
     beta: float,
     label_smoothing: float,
     margin: AdaptiveMargin,
     reduction: Reduction,
 ) -> AMaPOOutput:
-    from amapo_loss.kernels.pair_loss import pair_loss  # Triton takes a second to import, and may not be installed
+    from amapo_loss.kernels import pair_loss  # Triton takes a second to import, and may not be installed
 
-    loss, margins, summary, own_statistics = pair_loss(
-        pairs[:4],
-        pairs[4:],
+    rows = None if process_group is None else gathered(pair_loss.moments(pairs, beta), process_group)
+    if not (statistics is None or isinstance(statistics, ScoreStatistics)):
+        _, (r, *_) = reference.differences(pairs.computable().detached(), beta)
+        statistics = _usable(statistics(r, process_group), r.device)
+    loss, margins, summary, batch_statistics = pair_loss.pair_loss(
+        pairs,
         (None, None) if statistics is None else statistics[:2],
+        rows,
         beta,
         label_smoothing,
         margin.formula == "paper",
@@ -232,13 +254,14 @@ def _in_triton(
         reduction,
     )
     if statistics is None:
-        statistics = ScoreStatistics(*own_statistics)
+        statistics = ScoreStatistics(*batch_statistics)
     return AMaPOOutput(loss, Diagnostics(pairs.detached(), margins, statistics, beta, label_smoothing, entries=summary))
 
 
 def _in_torch(
     pairs: Pairs,
-    statistics: ScoreStatistics | None,
+    statistics: ScoreStatistics | Estimator | None,
+    process_group: ProcessGroup | None,
     beta: float,
     label_smoothing: float,
     margin: AdaptiveMargin,
@@ -247,13 +270,21 @@ def _in_torch(
     pairs = pairs.computable()
     d, rewards = reference.differences(pairs, beta)
     r = rewards[0]
+    rows = None if process_group is None else gathered(moments(r), process_group)
     if statistics is None:
-        statistics = ScoreStatistics.of(r)
-        mu, sigma, _ = statistics
+        statistics = ScoreStatistics.of(r) if rows is None else merged(rows)
+        mu = statistics.mean
     else:
-        mu, sigma = statistics.mean + (0 * r).sum(), statistics.std  # NaN if a score is, as the batch's own would be
-    h = reference.adaptive_margins(r, mu, sigma, reference.magnitude(pairs, rewards, beta), beta, margin)
-    loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
+        if not isinstance(statistics, ScoreStatistics):
+            statistics = _usable(statistics(r, process_group), r.device)
+        mu = statistics.mean + (0 * r).sum()  # NaN if a score is, as the batch's own would be
+    magnitude = reference.magnitude(pairs, rewards, beta)
+    h = reference.adaptive_margins(r, mu, statistics.std, magnitude, beta, margin)
+    losses = reference.pair_losses(d, h, beta, label_smoothing)
+    if rows is not None and reduction == "mean":
+        loss = losses.sum() * (len(rows) / rows[:, 0].sum().clamp(min=1)).to(losses.dtype)
+    else:
+        loss = _reduced(losses, reduction)
     return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, statistics, beta, label_smoothing, rewards))
 
 

@@ -1,18 +1,20 @@
 """`AMaPOLoss`: the loss as a module, with the call and the triple of the DPO losses people already have."""
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.functional import Backend, Reduction, amapo_loss, check_options
 from amapo_loss.margin import AdaptiveMargin
-from amapo_loss.statistics import ScoreStatistics
+from amapo_loss.statistics import Estimator, ScoreStatistics
 
 
 class AMaPOLoss(nn.Module):
     r"""`amapo_loss` with its options set once, called as a DPO loss is called.
 
     Args:
-        beta, label_smoothing, margin, statistics, reduction, backend: as in `amapo_loss`.
+        beta, label_smoothing, margin, statistics, process_group, reduction, backend: as in `amapo_loss`. A
+            `ScoreWindow` is part of the module: of its state, its device and its training mode.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `amapo_loss`; for the options, on construction.
@@ -38,16 +40,18 @@ class AMaPOLoss(nn.Module):
         beta: float = 2.0,
         label_smoothing: float = 0.0,
         margin: AdaptiveMargin = AdaptiveMargin(),
-        statistics: ScoreStatistics | None = None,
+        statistics: ScoreStatistics | Estimator | None = None,
+        process_group: ProcessGroup | None = None,
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_options(beta, label_smoothing, margin, statistics, reduction, backend)
+        check_options(beta, label_smoothing, margin, statistics, process_group, reduction, backend)
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.margin = margin
         self.statistics = statistics
+        self.process_group = process_group
         self.reduction = reduction
         self.backend = backend
         self.diagnostics = None
@@ -74,6 +78,7 @@ class AMaPOLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             margin=self.margin,
             statistics=self.statistics,
+            process_group=self.process_group,
             reduction=self.reduction,
             backend=self.backend,
         )

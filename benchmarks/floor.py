@@ -19,7 +19,7 @@ class _EmptyKernel(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         sides = [(x, x.stride(0), None, 0, None, 0) for x in (chosen, rejected)]
         out = (loss, gradient, gradient, loss, loss, loss)
-        _empty[(1,)](*sides, (None, None), None, out, len(chosen), 2.0, 0.0, 1.0, num_warps=1)
+        _empty[(1,)](*sides, (None, None, None, 1), None, out, len(chosen), 2.0, 0.0, 1.0, num_warps=1)
         return loss
 
     @staticmethod

@@ -88,18 +88,38 @@ def _sums(r, p, magnitude, mask):
 
 
 @triton.jit
-def _statistics(STATISTICS, p, sum1, sum2, n):
-    """The mean mu, in float64, and the standard deviation sigma of all scores, or those that the caller supplied."""
-    MEAN, STD = STATISTICS
-    if MEAN is None:
-        n = tl.cast(n, tl.float64)
-        mu = p.to(tl.float64) + sum1 / tl.maximum(n, 1.0)
-        variance = (sum2 - sum1 * sum1 / tl.maximum(n, 1.0)) / tl.maximum(n - 1.0, 1.0)
-        sigma = tl.sqrt(tl.where(variance < 0, 0.0, variance)).to(tl.float32)
+def _moments_of_sums(p, sum1, sum2, n):
+    """The number of scores, their mean, and the sum of squares about it; in float64."""
+    n = tl.cast(n, tl.float64)
+    squares = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
+    return n, p.to(tl.float64) + sum1 / tl.maximum(n, 1.0), tl.where(squares < 0, 0.0, squares)
+
+
+@triton.jit
+def _merged_moments(MOMENTS, ranks, RANKS: tl.constexpr):
+    """The same of all ranks, from MOMENTS [ranks, 3]; Chan's formula, as in `amapo_loss.statistics.merged`."""
+    q = tl.arange(0, RANKS)
+    counts = tl.load(MOMENTS + 3 * q, mask=q < ranks, other=0.0)
+    means = tl.load(MOMENTS + 3 * q + 1, mask=q < ranks, other=0.0)
+    squares = tl.load(MOMENTS + 3 * q + 2, mask=q < ranks, other=0.0)
+    n = tl.sum(counts)
+    mu = tl.sum(counts * means) / tl.maximum(n, 1.0)
+    return n, mu, tl.sum(squares + counts * (means - mu) * (means - mu))
+
+
+@triton.jit
+def _statistics(STATISTICS, p, sum1, sum2, n, RANKS: tl.constexpr):
+    """The number of pairs, the mean mu, in float64, and the standard deviation sigma: of all ranks, or as supplied."""
+    MEAN, STD, MOMENTS, ranks = STATISTICS
+    if MOMENTS is None:
+        count, mu, squares = _moments_of_sums(p, sum1, sum2, n)
     else:
+        count, mu, squares = _merged_moments(MOMENTS, ranks, RANKS)
+    sigma = tl.sqrt(squares / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
+    if MEAN is not None:
         mu = tl.load(MEAN).to(tl.float64)
         sigma = tl.load(STD).to(tl.float32)
-    return mu, sigma
+    return count, mu, sigma
 
 
 @triton.jit
@@ -191,7 +211,7 @@ def _added(totals, more):
 
 
 @triton.jit
-def _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR: tl.constexpr):
+def _finish(totals, mu, sigma, count_of_all, n, scale, OUT, PER_PAIR: tl.constexpr):
     """From the totals of the whole batch, store the loss, the summary, the statistics [2] and the number of pairs."""
     LOSS, _, _, SUMMARY, MEAN_AND_STD, COUNT = OUT
     k = tl.arange(0, 16)
@@ -212,7 +232,7 @@ def _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR: tl.constexpr):
     tl.store(SUMMARY + k - 1, summary, mask=k > 0)
     tl.store(MEAN_AND_STD, mu)  # in float64, so that whoever supplies them to another batch gets the same margins there
     tl.store(MEAN_AND_STD + 1, sigma.to(tl.float64))
-    tl.store(COUNT, tl.cast(n, tl.int64))
+    tl.store(COUNT, count_of_all.to(tl.int64))
 
 
 # ------------------------------------------------------------------------------------------------------ the kernels
@@ -221,7 +241,7 @@ def _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR: tl.constexpr):
 @triton.jit
 def _one_launch(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale,
                 PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                CLIP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                CLIP: tl.constexpr, OVER_ALL: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Everything, by one program that holds all n <= BLOCK pairs."""
     if BETA is not None:
         beta = tl.load(BETA)
@@ -230,12 +250,34 @@ def _one_launch(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale,
     mask = i < n
     pairs = _load_pairs(CHOSEN, REJECTED, i, mask, beta)
     sum1, sum2, largest, magnitude = _sums(pairs[0], p, pairs[1], mask)
-    mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n)
+    count, mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n, RANKS)
+    if OVER_ALL:
+        scale = scale / tl.maximum(count, 1.0).to(tl.float32)
     totals = _block_of_pairs(
         pairs, i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta, eps, scale, OUT,
         PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
     )  # fmt: skip
-    _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR)
+    _finish(totals, mu, sigma, count, n, scale, OUT, PER_PAIR)
+
+
+@triton.jit
+def _moments(CHOSEN, REJECTED, BETA, MOMENTS, n, beta, BLOCK: tl.constexpr):
+    """MOMENTS [3] of this rank's scores, for the others; by one program."""
+    if BETA is not None:
+        beta = tl.load(BETA)
+    p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
+    sum1 = tl.zeros((), tl.float64)
+    sum2 = tl.zeros((), tl.float64)
+    for block in range(0, tl.cdiv(n, BLOCK)):
+        i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        pairs = _load_pairs(CHOSEN, REJECTED, i, i < n, beta)
+        sums = _sums(pairs[0], p, pairs[1], i < n)
+        sum1 += sums[0]
+        sum2 += sums[1]
+    count, mean, squares = _moments_of_sums(p, sum1, sum2, n)
+    tl.store(MOMENTS, count)
+    tl.store(MOMENTS + 1, mean)
+    tl.store(MOMENTS + 2, squares)
 
 
 @triton.jit
@@ -269,7 +311,8 @@ def _first_launch(CHOSEN, REJECTED, BETA, SUMS, FINISHED, n, beta, BLOCK: tl.con
 @triton.jit
 def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, OUT, n, beta, eps, scale, sums,
                    PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                   CLIP: tl.constexpr, MOST_SUMS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   CLIP: tl.constexpr, OVER_ALL: tl.constexpr, RANKS: tl.constexpr, MOST_SUMS: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
     """TOTALS [programs, 16]; a program takes blocks as in the first launch, the last to finish adds up the totals."""
     if BETA is not None:
         beta = tl.load(BETA)
@@ -279,7 +322,9 @@ def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, O
     sum2 = tl.sum(tl.load(SUMS + sums + q, mask=q < sums, other=0.0))
     largest = tl.max(tl.load(SUMS + 2 * sums + q, mask=q < sums, other=0.0)).to(tl.float32)
     magnitude = tl.max(tl.load(SUMS + 3 * sums + q, mask=q < sums, other=0.0)).to(tl.float32)
-    mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n)
+    count, mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n, RANKS)
+    if OVER_ALL:
+        scale = scale / tl.maximum(count, 1.0).to(tl.float32)
 
     program, programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, 16)
@@ -303,7 +348,7 @@ def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, O
             some = tl.load(TOTALS + rows * 16 + k[None, :], mask=rows < programs, cache_modifier=".cg")
             some = tl.where(rows < programs, some, nothing[None, :])
             totals = _added(totals, tl.where(k == LARGEST_MARGIN, tl.max(some, axis=0), tl.sum(some, axis=0)))
-        _finish(totals, mu, sigma, n, scale, OUT, PER_PAIR)
+        _finish(totals, mu, sigma, count, n, scale, OUT, PER_PAIR)
 
 
 # --------------------------------------------------------------------------------------------------- their launch
@@ -313,7 +358,8 @@ def _launch(
     chosen_logps: Tensor, rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
-    mean: Tensor | None, std: Tensor | None, beta_on_device: Tensor | None, beta: float, label_smoothing: float,
+    mean: Tensor | None, std: Tensor | None, moments: Tensor | None,
+    beta_on_device: Tensor | None, beta: float, label_smoothing: float,
     paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, gradient, margins, summary, mean and std, number of pairs; their shapes are in `_outputs`."""
@@ -322,17 +368,21 @@ def _launch(
     n = len(margins)
     chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
-    numbers = (n, beta, label_smoothing, 1 / max(n, 1) if reduction == "mean" else 1.0)
+    ranks = 1 if moments is None else len(moments)
+    statistics = (mean, std, moments, ranks)
+    over_all = reduction == "mean" and moments is not None
+    scale = ranks if over_all else 1 / max(n, 1) if reduction == "mean" else 1
+    numbers = (n, beta, label_smoothing, float(scale))
     options = {
         "PER_PAIR": reduction == "none", "PAPER": paper, "NORMALIZE": normalize, "EXP": exponential, "CLIP": clip,
-        "enable_fp_fusion": False,
+        "OVER_ALL": over_all, "RANKS": triton.next_power_of_2(ranks), "enable_fp_fusion": False,
     }  # fmt: skip
     pointers = (loss, gradient if with_gradient else None, margins, summary, mean_and_std, count)
     with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, the tensors may be on another
         if n <= ONE_LAUNCH:
             block = max(128, triton.next_power_of_2(n))
             _one_launch[(1,)](
-                chosen, rejected, (mean, std), beta_on_device, pointers, *numbers, **options,
+                chosen, rejected, statistics, beta_on_device, pointers, *numbers, **options,
                 BLOCK=block, num_warps=min(max(block // 512, 1), 16),
             )  # fmt: skip
             return out
@@ -345,9 +395,24 @@ def _launch(
             enable_fp_fusion=False,
         )  # fmt: skip
         _second_launch[(programs,)](
-            chosen, rejected, (mean, std), beta_on_device, partial_sums, finished, totals, pointers, *numbers, sums,
+            chosen, rejected, statistics, beta_on_device, partial_sums, finished, totals, pointers, *numbers, sums,
             **options, MOST_SUMS=FIRST_PROGRAMS, BLOCK=TILE, num_warps=8,
         )  # fmt: skip
+    return out
+
+
+def _launch_moments(
+    chosen_logps: Tensor, rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
+    beta_on_device: Tensor | None, beta: float,
+) -> Tensor:  # fmt: skip
+    """[3] float64."""
+    chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
+    rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
+    out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
+    with torch.cuda.device_of(chosen_logps):
+        _moments[(1,)](chosen, rejected, beta_on_device, out, n, beta, BLOCK=TILE, num_warps=8, enable_fp_fusion=False)
     return out
 
 
@@ -375,11 +440,18 @@ def _side(*tensors: Tensor | None) -> tuple[Tensor | int | None, ...]:
 _library = torch.library.Library("amapo_loss", "FRAGMENT")
 _library.define("pair_loss" + torch.library.infer_schema(_launch, mutates_args=()))
 _library.impl("pair_loss", _launch, "CompositeExplicitAutograd")
+_library.define("moments" + torch.library.infer_schema(_launch_moments, mutates_args=()))
+_library.impl("moments", _launch_moments, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("amapo_loss::pair_loss", lib=_library)
 def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(chosen_logps, *arguments[-2:])
+
+
+@torch.library.register_fake("amapo_loss::moments", lib=_library)
+def _(chosen_logps: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty(3, dtype=torch.float64, device=chosen_logps.device)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -397,7 +469,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        unused = (None,) * 17
+        unused = (None,) * 18
         if upstream is None:
             return unused
         gradient, *logps = ctx.saved_tensors
@@ -431,24 +503,36 @@ class _Scaled(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- what `amapo_loss` calls
 
 
-def pair_loss(
-    logps: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    lengths: tuple[Tensor | None, Tensor | None],
-    statistics: tuple[Tensor | None, Tensor | None],
-    beta: float, label_smoothing: float, paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Of checked arguments [n] on one device: the loss, differentiable in `logps`, margins [n] and summary [15].
+Pairs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # as the operators take them
 
-    Then the statistics: mean and standard deviation, float64, of these scores or as supplied, and the number of pairs.
+
+def moments(pairs: Pairs, beta: float) -> Tensor:
+    """[3] float64: the number of scores, their mean, and the sum of squares about it."""
+    detached = (x if x is None else x.detach() for x in pairs)
+    result: Tensor = torch.ops.amapo_loss.moments.default(*detached, *_beta(beta, pairs[0].device))
+    return result
+
+
+def pair_loss(
+    pairs: Pairs, statistics: tuple[Tensor | None, Tensor | None], moments: Tensor | None, beta: float,
+    label_smoothing: float, paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Of checked pairs [n] on one device: the loss, differentiable in the log-probs, margins [n] and summary [15].
+
+    Then the statistics: mean and standard deviation, float64, and number of pairs; of these pairs, or, with their
+    `moments` [ranks, 3], of those of all ranks. The first two may be supplied.
     """
-    beta_on_device = None
-    if torch.compiler.is_compiling():  # a number would be compiled in, and every other one compiled anew
-        beta_on_device = torch.ones((), dtype=torch.float32, device=logps[0].device) * beta
-        beta = 1.0
-    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in logps)
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs[:4])
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
     loss, _, margins, summary, mean_and_std, count = run(
-        *logps, *lengths, *statistics, beta_on_device, beta, label_smoothing,
+        *pairs, *statistics, moments, *_beta(beta, pairs[0].device), label_smoothing,
         paper, normalize, exponential, clip, reduction, with_gradient,
     )  # fmt: skip
     return loss, margins, summary, (mean_and_std[0], mean_and_std[1], count)
+
+
+def _beta(beta: float, device: torch.device) -> tuple[Tensor | None, float]:
+    """On the device where it is compiled: a number would be compiled in, and every other one compiled anew."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float32, device=device) * beta, 1.0
+    return None, beta

@@ -48,10 +48,10 @@ def main() -> None:
     half, single, whole = torch.bfloat16, torch.float32, torch.int64
     for n, everything in product((1, 100, 8192, 1 << 24), (False, True)):
         logps = [torch.empty(n, dtype=half if everything else single, device="meta") for _ in range(2)]
-        others: list[torch.Tensor | None] = [None] * 7
-        if everything:  # references, lengths, statistics, beta on the device
+        others: list[torch.Tensor | None] = [None] * 8
+        if everything:  # references, lengths, statistics, moments of three ranks, beta on the device
             others = [*logps, *(torch.empty(n, dtype=whole, device="meta") for _ in range(2)),
-                      *(torch.empty((), device="meta") for _ in range(3))]  # fmt: skip
+                      *(torch.empty(shape, device="meta") for shape in ((), (), (3, 3), ()))]  # fmt: skip
         switches = (not everything,) * 4
         reduction, with_gradient = ("none", True) if everything else ("mean", n > 1)
         pair_loss._launch(*logps, *others, 2.0, 0.1, *switches, reduction, with_gradient)

@@ -97,7 +97,8 @@ def arguments(n: int = 9, **changed: Any) -> list[Any]:
     chosen, rejected = (x.detach().to(triton_loss.device) for x in random_logps(n))
     values: dict[str, Any] = {
         "chosen_logps": chosen, "rejected_logps": rejected, "ref_chosen_logps": None, "ref_rejected_logps": None,
-        "chosen_lengths": None, "rejected_lengths": None, "mean": None, "std": None, "beta_on_device": None,
+        "chosen_lengths": None, "rejected_lengths": None, "mean": None, "std": None, "moments": None,
+        "beta_on_device": None,
         "beta": 2.0, "label_smoothing": 0.1, "paper": True, "normalize": True, "exponential": True, "clip": True,
         "reduction": "mean", "with_gradient": True,
     }  # fmt: skip
@@ -113,12 +114,18 @@ def arguments(n: int = 9, **changed: Any) -> list[Any]:
         {"ref_chosen_logps": torch.zeros(9), "ref_rejected_logps": torch.ones(9).bfloat16()},
         {"chosen_lengths": torch.arange(9), "rejected_lengths": torch.ones(9)},
         {"mean": torch.tensor(0.3), "std": torch.tensor(1.0, dtype=torch.float64)},
+        {"moments": torch.tensor([[3, 0.1, 2.0], [6, 0.2, 3.0]], dtype=torch.float64)},
         {"beta_on_device": torch.tensor(3.0)},
     ],
     ids=lambda changed: "-".join(changed) or "plain",
 )
 def test_opcheck(changed: dict[str, Any]) -> None:
     torch.library.opcheck(torch.ops.amapo_loss.pair_loss.default, arguments(**moved(changed, triton_loss.device)))
+
+
+def test_opcheck_moments() -> None:
+    every = arguments()
+    torch.library.opcheck(torch.ops.amapo_loss.moments.default, [*every[:6], *every[9:11]])
 
 
 def test_computes_a_gradient_only_where_one_is_wanted() -> None:
