@@ -11,6 +11,7 @@ from amapo_loss import (
     AdaptiveMargin,
     AMaPOLoss,
     ScoreStatistics,
+    ScoreWindow,
     amapo_loss,
     dpo_loss,
     kernels,
@@ -62,13 +63,22 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     *OBJECTIVE,
     ({"margin": 0.5}, TypeError, "margin must be of type AdaptiveMargin, got float"),
     ({"margin": None}, TypeError, "margin must be of type AdaptiveMargin, got NoneType"),
-    ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be of type ScoreStatistics, got tuple"),
+    ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
+    (
+        {"process_group": "world"},
+        TypeError,
+        "process_group must be a torch.distributed group that this rank belongs to",
+    ),
+    ({"process_group": -100}, TypeError, "process_group must be a torch.distributed group that this rank belongs to"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
 ]
 SUPPLIED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"statistics": STATISTICS._replace(mean=0.0)}, TypeError, "statistics.mean must be a floating tensor, got float"),
     ({"statistics": STATISTICS._replace(std=LOGPS)}, ValueError, "statistics.std must be 0-dim on cpu, got shape (4,)"),
     ({"statistics": STATISTICS._replace(mean=torch.empty((), device=META))}, ValueError, "got shape () on meta"),
+    ({"statistics": lambda *_: 1.0}, TypeError, "statistics must be of type ScoreStatistics, got float"),
+    ({"statistics": lambda r, _: STATISTICS._replace(std=r)}, ValueError, "statistics.std must be 0-dim on cpu, got"),
+    ({"statistics": ScoreWindow(8).to(META)}, ValueError, "scores is on cpu, expected the device of the window, meta"),
 ]  # fmt: skip
 
 
@@ -145,6 +155,24 @@ def test_adaptive_margin(wrong: dict[str, Any], error: type[Exception], message:
 def test_score_statistics(scores: Any, error: type[Exception], message: str) -> None:
     with raises(error, message):
         ScoreStatistics.of(scores)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (0, ValueError, "size must be at least 1, got 0"),
+        (2.0, TypeError, "size must be an int, got float"),
+        (True, TypeError, "size must be an int, got bool"),
+    ],
+)
+def test_score_window(size: Any, error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        ScoreWindow(size)
+
+
+def test_score_window_takes_no_state_of_another_size() -> None:
+    with raises(RuntimeError, "size mismatch for scores"):
+        ScoreWindow(4).load_state_dict(ScoreWindow(5).state_dict())
 
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)

@@ -88,7 +88,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 
 def test_public_names() -> None:
     assert set(amapo_loss.__all__) == {
-        "AMaPOLoss", "AMaPOOutput", "AdaptiveMargin", "Diagnostics", "ScoreStatistics",
+        "AMaPOLoss", "AMaPOOutput", "AdaptiveMargin", "Diagnostics", "Estimator", "ScoreStatistics", "ScoreWindow",
         "amapo_loss", "dpo_loss", "sequence_logps", "simpo_loss",
     }  # fmt: skip
     for name in amapo_loss.__all__:
