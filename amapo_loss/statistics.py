@@ -76,9 +76,9 @@ class ScoreWindow(nn.Module):
     r"""The statistics of the last `size` scores: for gradient accumulation, where one micro-batch has too few.
 
     Of each batch it gives the statistics over that batch and, before it, as many of the latest scores as make `size` in
-    all; a batch of more is taken whole. Then, in training mode, it remembers the batch, or the last `size` scores of it,
-    except those that are not finite. In evaluation mode it gives the same statistics and remembers nothing. Scores of
-    earlier batches come from an earlier policy: let `size` be about your optimizer's batch.
+    all; a batch of more is taken whole. Then, in training mode, it remembers the batch, or the last `size` scores of a
+    larger one, except what is not finite. In evaluation mode it gives the same statistics and remembers nothing. Scores
+    of earlier batches come from an earlier policy: let `size` be about your optimizer's batch.
 
     With a process group the batch is that of all ranks, and so is what every rank remembers, in the order of the ranks:
     the windows of all ranks stay bitwise the same, and the state of any rank restores all of them.

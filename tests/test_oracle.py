@@ -47,7 +47,7 @@ class Oracle(NamedTuple):
     weights: Interval  # -dL/dr
     margins: Interval
     at_gate: NDArray[np.bool_]
-    chosen_gradient: Interval  # of the summed losses in the policy's log-probs
+    gradients: tuple[Interval, Interval]  # of the summed losses in the policy's log-probs, chosen and rejected
     summary: dict[str, tuple[float, float]]  # value, tolerance
 
 
@@ -157,7 +157,10 @@ def oracle(
     slack = [16 * unit * size + floor for size in (size_of_terms, *(np.abs(w) + eps for w in w_ends))]
     losses = Interval(ends.min(0) - slack[0], ends.max(0) + slack[0])
     weights = Interval(w_ends[0] - slack[1], w_ends[1] + slack[2])
-    gradient = Interval(-weights.high * beta / size[0], -weights.low * beta / size[0])
+    gradients = (
+        Interval(-weights.high * beta / size[0], -weights.low * beta / size[0]),
+        Interval(weights.low * beta / size[1], weights.high * beta / size[1]),
+    )
 
     tiny = 64 * unit
     correct, misranked = d > 0, d <= 0
@@ -198,11 +201,13 @@ def oracle(
         "amapo/gradient_weight_misranked": group_mean(misranked),
         "amapo/nonfinite": (0.0, 0.0),
     }
-    return Oracle(losses, weights, h, at_gate, gradient, summary)
+    return Oracle(losses, weights, h, at_gate, gradients, summary)
 
 
-def assert_matches(actual: AMaPOOutput, chosen: torch.Tensor, expected: Oracle, reduction: str, unit: float) -> None:
-    """Value, gradient, margins, weights and every entry of the summary."""
+def assert_matches(
+    actual: AMaPOOutput, given: dict[str, torch.Tensor], expected: Oracle, reduction: str, unit: float
+) -> None:
+    """Value, gradients, margins, weights and every entry of the summary."""
     loss, diagnostics = actual
     margins = diagnostics.margins.double().numpy()
     inside = (expected.margins.low <= margins) & (margins <= expected.margins.high)
@@ -219,14 +224,14 @@ def assert_matches(actual: AMaPOOutput, chosen: torch.Tensor, expected: Oracle, 
     value = loss.detach().double().numpy()
     assert np.all((low <= value) & (value <= high)), f"loss {value} outside [{low}, {high}]"
 
-    loss.sum().backward()
-    assert chosen.grad is not None
+    inputs = [given["chosen_logps"], given["rejected_logps"]]
     scale = n if reduction == "mean" else 1
-    gradient = chosen.grad.double().numpy() * scale
-    step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(chosen.dtype, 4 * unit)
-    subnormal = {torch.float16: 2.0**-24 * scale}.get(chosen.dtype, 1e-37)
-    bound = np.maximum(np.abs(expected.chosen_gradient.low), np.abs(expected.chosen_gradient.high))
-    assert expected.chosen_gradient.contains(gradient, step * bound + subnormal), "gradient"
+    for x, got, interval in zip(inputs, torch.autograd.grad(loss.sum(), inputs), expected.gradients):
+        assert got.dtype == x.dtype
+        step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(x.dtype, 4 * unit)
+        subnormal = {torch.float16: 2.0**-24 * scale}.get(x.dtype, 1e-37)
+        bound = np.maximum(np.abs(interval.low), np.abs(interval.high))
+        assert interval.contains(got.double().numpy() * scale, step * bound + subnormal), "gradient"
 
     summary = diagnostics.summary()
     assert summary.keys() == expected.summary.keys()
@@ -310,10 +315,11 @@ def test_amapo(
     arrays = {name.removesuffix("_logps"): array for name, array in as_float64(given).items()}
     unit = unit_of(dtype)
     expected = oracle(**arrays, **{k: v.astype(float) for k, v in sizes.items()}, **options, margin=margin, unit=unit)
-    given["chosen_logps"].requires_grad_()
+    for name in ("chosen_logps", "rejected_logps"):
+        given[name].requires_grad_()
     lengths = {name: torch.tensor(size) for name, size in sizes.items()}
     actual = loss_fn(**given, **lengths, **options, margin=margin, reduction=reduction)
-    assert_matches(actual, given["chosen_logps"], expected, reduction, unit)
+    assert_matches(actual, given, expected, reduction, unit)
 
 
 @every_backend
@@ -332,11 +338,12 @@ def test_amapo_with_supplied_statistics(
     statistics = ScoreStatistics(torch.tensor(supplied[0]), torch.tensor(supplied[1]), torch.tensor(128))
     given = tensors({"chosen_logps": batch[0], "rejected_logps": batch[1]}, torch.float32)
     expected = oracle(*as_float64(given).values(), **options, margin=margin, statistics=tuple(supplied), unit=2.0**-23)
-    given["chosen_logps"].requires_grad_()
+    for name in ("chosen_logps", "rejected_logps"):
+        given[name].requires_grad_()
     actual = loss_fn(**given, **options, margin=margin, statistics=statistics)
     expected.summary["amapo/score_mean"] = (supplied[0], 0.0)
     expected.summary["amapo/score_std"] = (supplied[1], 0.0)
-    assert_matches(actual, given["chosen_logps"], expected, "mean", 2.0**-23)
+    assert_matches(actual, given, expected, "mean", 2.0**-23)
 
 
 @settings(max_examples=60, deadline=None)
@@ -351,13 +358,14 @@ def test_dpo_and_simpo(
         torch.float32,
     )
     expected = oracle(*as_float64(given).values(), **options, margin=gamma or 0.0, unit=2.0**-23)
-    given["chosen_logps"].requires_grad_()
+    for name in ("chosen_logps", "rejected_logps"):
+        given[name].requires_grad_()
     actual = (
         dpo_loss(**given, **options, reduction=reduction)
         if gamma is None
         else simpo_loss(**given, **options, gamma=gamma, reduction=reduction)
     )
-    assert_matches(actual, given["chosen_logps"], expected, reduction, 2.0**-23)
+    assert_matches(actual, given, expected, reduction, 2.0**-23)
 
 
 def test_oracle_lets_almost_nobody_off() -> None:
@@ -382,4 +390,4 @@ def test_oracle_by_hand() -> None:
     np.testing.assert_allclose(expected.margins.low, [0, margin, 0], rtol=1e-6)
     np.testing.assert_allclose(expected.weights.low, weights, rtol=1e-6)
     np.testing.assert_allclose(expected.losses.low, -np.log1p(-weights), rtol=1e-6)
-    np.testing.assert_allclose(expected.chosen_gradient.low, -2 * weights, rtol=1e-6)
+    np.testing.assert_allclose(expected.gradients[0].low, -2 * weights, rtol=1e-6)
