@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, amapo_loss
-from benchmarks import demo, formulas, latency
+from benchmarks import demo, estimators, formulas, latency
 from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
 from benchmarks.floor import empty_kernel
 from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
@@ -180,6 +180,25 @@ def test_latency_writes_table_json_and_picture(
     assert "and summary" in printed
     assert "released arithmetic" in printed
     assert out.with_suffix(".png").exists()
+
+
+def test_estimators_write_table_json_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "estimators.json"
+    arguments = ["--pairs", "4", "16", "--batch", "16", "--steps", "12", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["estimators", *arguments])
+    estimators.main()
+    few, whole = json.loads(out.read_text())["rows"]
+    assert few["ScoreWindow"] < few["itself"]
+    assert whole["itself"] == 0  # the micro-batch is the batch
+    assert whole["ScoreWindow"] == pytest.approx(0, abs=1e-5)
+    assert few.keys() == {"pairs", *estimators.estimators(4, 16)}
+    assert "4 of 16" in capsys.readouterr().out
+    assert out.with_suffix(".png").exists()
+    monkeypatch.setattr(sys, "argv", ["estimators", "--pairs", "3", "--batch", "16"])
+    with pytest.raises(SystemExit, match="2"):
+        estimators.main()
 
 
 def test_the_floor_launches_a_kernel() -> None:
