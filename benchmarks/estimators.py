@@ -100,7 +100,7 @@ def estimators(pairs: int, batch: int) -> dict[str, Estimator]:
 
 
 def generated_batches(steps: int, batch: int, seed: int) -> Tensor:
-    """[steps, batch] log-ratio differences: the mean of the scores goes from -0.3 to 2, their spread from 0.5 to 1.5."""
+    """[steps, batch] log-ratio differences: the mean of the scores goes from -0.3 to 2, the spread from 0.5 to 1.5."""
     generator = torch.Generator().manual_seed(seed)
     progress = torch.linspace(0, 1, steps)[:, None]
     scores = (-0.3 + 2.3 * progress) + (0.5 + progress) * torch.randn(steps, batch, generator=generator)
