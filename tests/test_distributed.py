@@ -120,6 +120,23 @@ def test_several_ranks_are_one_process(world: int) -> None:
         torch.testing.assert_close(margins.double()[~near], exact["margins"][~near], rtol=1e-5, atol=0)
 
 
+def compiled(rank: int, group: dist.ProcessGroup) -> None:
+    sizes = (5, 3)
+    for backend in ("torch", "triton"):
+        options: dict[str, Any] = {"process_group": group, "backend": backend}
+        expected = outcome(part(all_pairs(8), sizes, rank), **options)
+        inputs = [x.requires_grad_() for x in part(all_pairs(8), sizes, rank)]
+        torch.compiler.reset()
+        loss = torch.compile(amapo_loss, fullgraph=True, backend="aot_eager")(*inputs, **options).loss
+        torch.testing.assert_close(loss.detach(), expected["loss"])
+        torch.testing.assert_close(torch.stack(torch.autograd.grad(loss, inputs)), expected["gradient"])
+
+
+def test_the_collective_compiles() -> None:
+    """Into the one graph, with the rest of the loss."""
+    on_ranks(2, compiled)
+
+
 def never_gathers(rank: int, group: dist.ProcessGroup) -> None:
     """Only rank 0 calls the loss: with a collective in it, it would not come back."""
     if rank == 0:
