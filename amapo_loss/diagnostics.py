@@ -34,7 +34,8 @@ class Diagnostics(NamedTuple):
     Beyond the margins, which made the loss, everything is computed when it is read: what nobody looks at costs nothing.
 
     Args:
-        pairs: the log-probs, and the reference's and the lengths where there are any, as they were passed.
+        pairs: the log-probs, and the reference's and the lengths where there are any; as passed, or as converted to be
+            computed with.
         margins: [B] margins $h_i$.
         statistics: the mean and standard deviation that the margins were made from, in score units.
         beta: scale of the ranking score.

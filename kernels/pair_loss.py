@@ -407,7 +407,7 @@ def _launch_moments(
     chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
     beta_on_device: Tensor | None, beta: float,
 ) -> Tensor:  # fmt: skip
-    """[3] float64."""
+    """[3] float64: what `_moments` stores."""
     chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
     out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
@@ -474,9 +474,12 @@ class _PairLoss(torch.autograd.Function):
             return unused
         gradient, *logps = ctx.saved_tensors
         chosen, rejected = _Scaled.apply(gradient, upstream, *logps).unbind()
-        gradients = (chosen, rejected, -chosen, -rejected)
+        needed = ctx.needs_input_grad
         return (
-            *(g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, logps, ctx.needs_input_grad)),
+            chosen.to(logps[0].dtype) if needed[0] else None,
+            rejected.to(logps[1].dtype) if needed[1] else None,
+            -chosen.to(logps[2].dtype) if needed[2] else None,
+            -rejected.to(logps[3].dtype) if needed[3] else None,
             *unused[4:],
         )
 
