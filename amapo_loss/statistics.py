@@ -98,7 +98,8 @@ class ScoreWindow(nn.Module):
         >>> window(torch.tensor([5.0, 7.0])).mean  # of 2, 3, 5 and 7
         tensor(4.2500, dtype=torch.float64)
 
-    Its buffers are float32 and int64; nothing waits for the device.
+    Its buffers are float32 and int64, on the device that `to` moves them to, where the scores must be; a state from
+    another device is loaded onto that one. Nothing waits for the device.
 
     """
 

@@ -14,10 +14,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amapo_loss import AdaptiveMargin, amapo_loss, reference
+from amapo_loss import AdaptiveMargin, ScoreWindow, amapo_loss, reference
 from amapo_loss.kernels import pair_loss
 from tests.backends import GPU, OnBackend, moved, on_gpu, triton_loss, two_launches
 from tests.test_composability import COMPILERS
@@ -299,6 +300,18 @@ class TestOnAGpu:
             beta = float(torch.rand((), generator=generator)) * 5 + 0.01
             pairs = (torch.full((n,), chosen, device="cuda"), torch.full((n,), rejected, device="cuda"))
             assert not amapo_loss(*pairs, beta=beta).diagnostics.margins.any()
+
+    @pytest.mark.usefixtures("never_waiting")
+    def test_nothing_waits_for_nccl(self, tmp_path: Path) -> None:
+        inputs, window = on_device(33), ScoreWindow(64).to("cuda")
+        dist.init_process_group("nccl", f"file://{tmp_path}/store", world_size=1, rank=0)
+        group = dist.group.WORLD
+        losses = [amapo_loss(*inputs, process_group=group, backend=backend).loss for backend in ("triton", "torch")]
+        amapo_loss(*inputs, process_group=group, statistics=window).loss.backward()
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+        for loss in losses:
+            torch.testing.assert_close(loss, amapo_loss(*inputs).loss)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_on_the_second_device(self) -> None:
