@@ -135,6 +135,6 @@ class Diagnostics(NamedTuple):
         }
         return {name: total / group_sizes.get(name, max(n, 1)) for name, total in zip(columns, totals)} | {
             "amapo/margin_max": self.margins.amax() if n else zero.sum(),
-            "amapo/score_mean": self.statistics.mean,
-            "amapo/score_std": self.statistics.std,
+            "amapo/score_mean": self.statistics.mean.to(zero.dtype),
+            "amapo/score_std": self.statistics.std.to(zero.dtype),
         }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from amapo_loss import ScoreStatistics, amapo_loss, dpo_loss
+from amapo_loss import ScoreStatistics, ScoreWindow, amapo_loss, dpo_loss
+from tests.backends import OnBackend, every_backend
 from tests.test_functional import random_logps
 
 KEYS = [
@@ -25,18 +26,20 @@ KEYS = [
 ]
 
 
+@every_backend
 @pytest.mark.parametrize("prefix", ["", "eval_"])
-def test_names(prefix: str) -> None:
-    summary = amapo_loss(*random_logps(5)).diagnostics.summary(prefix)
+def test_names(loss_fn: OnBackend, prefix: str) -> None:
+    summary = loss_fn(*random_logps(5), statistics=ScoreWindow(8)).diagnostics.summary(prefix)
     assert sorted(summary) == sorted(prefix + key for key in KEYS)
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in summary.values())
 
 
-def test_by_hand() -> None:
+@every_backend
+def test_by_hand(loss_fn: OnBackend) -> None:
     """Scores 0.8, -0.2, 1.4 against a reference; the margin is the middle pair's alone."""
     chosen, rejected = torch.tensor([-1.0, -1.2, -0.9]), torch.tensor([-1.4, -1.1, -1.6])
     ref = torch.full((3,), -0.5)
-    summary = amapo_loss(chosen, rejected, ref, ref, beta=2.0).diagnostics.summary()
+    summary = loss_fn(chosen, rejected, ref, ref, beta=2.0).diagnostics.summary()
     expected = {
         "rewards/chosen": 2 * (-3.1 / 3 + 0.5),
         "rewards/rejected": 2 * (-4.1 / 3 + 0.5),
@@ -57,32 +60,36 @@ def test_by_hand() -> None:
     assert {name: value.item() for name, value in summary.items()} == pytest.approx(expected, abs=2e-5)
 
 
-def test_empty_groups_are_zero() -> None:
+@every_backend
+def test_empty_groups_are_zero(loss_fn: OnBackend) -> None:
     chosen, rejected = torch.zeros(3), torch.ones(3)
-    all_wrong, all_right = (amapo_loss(*x).diagnostics.summary() for x in ((chosen, rejected), (rejected, chosen)))
+    all_wrong, all_right = (loss_fn(*x).diagnostics.summary() for x in ((chosen, rejected), (rejected, chosen)))
     assert all_wrong["amapo/gradient_weight_correct"] == 0
     assert all_right["amapo/gradient_weight_misranked"] == 0
     assert all_wrong["rewards/accuracies"] == 0
     assert all_right["rewards/accuracies"] == 1
 
 
-def test_a_score_of_zero_is_misranked() -> None:
-    summary = amapo_loss(torch.zeros(2), torch.zeros(2)).diagnostics.summary()
+@every_backend
+def test_a_score_of_zero_is_misranked(loss_fn: OnBackend) -> None:
+    summary = loss_fn(torch.zeros(2), torch.zeros(2)).diagnostics.summary()
     assert summary["rewards/accuracies"] == 0
     assert summary["amapo/gradient_weight_misranked"] == 0.5
 
 
-def test_margin_accuracies_use_the_statistics_behind_the_margins() -> None:
+@every_backend
+def test_margin_accuracies_use_the_statistics_behind_the_margins(loss_fn: OnBackend) -> None:
     supplied = ScoreStatistics(torch.tensor(100.0), torch.tensor(1.0), torch.tensor(8))
-    summary = amapo_loss(*random_logps(6), statistics=supplied).diagnostics.summary()
+    summary = loss_fn(*random_logps(6), statistics=supplied).diagnostics.summary()
     assert summary["amapo/margin_accuracies"] == 0
     assert summary["amapo/score_mean"] == 100
 
 
-def test_nonfinite_pairs_are_counted() -> None:
+@every_backend
+def test_nonfinite_pairs_are_counted(loss_fn: OnBackend) -> None:
     chosen, rejected = (x.detach().clone() for x in random_logps(6))
     chosen[1], rejected[4], chosen[5] = float("nan"), float("inf"), float("-inf")
-    assert amapo_loss(chosen, rejected).diagnostics.summary()["amapo/nonfinite"] == 3
+    assert loss_fn(chosen, rejected).diagnostics.summary()["amapo/nonfinite"] == 3
 
 
 def test_dpo_has_the_same_diagnostics() -> None:
