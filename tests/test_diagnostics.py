@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amapo_loss import ScoreStatistics, ScoreWindow, amapo_loss, dpo_loss
+from amapo_loss import ScoreStatistics, ScoreWindow, dpo_loss
 from tests.backends import OnBackend, every_backend
 from tests.test_functional import random_logps
 
