@@ -26,7 +26,11 @@ def write_json(path: Path, module: str, figures: dict[str, Any]) -> None:
 def environment() -> dict[str, Any]:
     """Versions and hardware."""
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in ("torch", "triton")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the kind of build, which its metadata lacks
+            "triton": _version("triton"),
+        },
         "hardware": {
             "cpu": _cpu_name(),
             "cpu_count": os.cpu_count(),
