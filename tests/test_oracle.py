@@ -183,6 +183,8 @@ def oracle(
     def mean_of_group(x: Array, error: Array) -> tuple[float, float]:
         return float(x.mean()), float(error.mean() + tiny * np.abs(x).mean() + 1e-37)
 
+    # Where the spread is itself rounding, it has that of the mean that it is taken about; float64 has no wider sums.
+    about_mean = math.sqrt(n) * unit * float(np.abs(d).max()) if unit < 1e-10 else 0.0
     ab_error = beta * unit * 4 * (np.abs(a) + np.abs(b))
     summary = {
         "rewards/chosen": mean_of(beta * a, ab_error),
@@ -192,7 +194,10 @@ def oracle(
         "logps/chosen": mean_of(chosen),
         "logps/rejected": mean_of(rejected),
         "amapo/score_mean": (beta * mean, beta * mean_error + tiny * abs(beta * mean) + 1e-37),
-        "amapo/score_std": (beta * std, beta * 2 * d_error.max() * math.sqrt(2) + tiny * beta * std + 1e-37),
+        "amapo/score_std": (
+            beta * std,
+            beta * (2 * math.sqrt(2) * float(d_error.max()) + about_mean + tiny * std) + 1e-37,
+        ),
         "amapo/margin_mean": mean_of(middle[0], half[0]),
         "amapo/margin_max": (float(h_high.max()), float(half[0].max() + tiny * np.abs(h_high).max())),
         "amapo/margin_active": share_of(h.low > 0, at_gate | ((h.low <= 0) & (h.high > 0))),
@@ -229,7 +234,8 @@ def assert_matches(
     for x, got, interval in zip(inputs, torch.autograd.grad(loss.sum(), inputs), expected.gradients):
         assert got.dtype == x.dtype
         step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(x.dtype, 4 * unit)
-        subnormal = {torch.float16: 2.0**-24 * scale}.get(x.dtype, 1e-37)
+        # The smallest numbers of a half precision, which `scale` magnifies.
+        subnormal = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(x.dtype, 0) * scale + 1e-37
         bound = np.maximum(np.abs(interval.low), np.abs(interval.high))
         assert interval.contains(got.double().numpy() * scale, step * bound + subnormal), "gradient"
 
