@@ -34,8 +34,8 @@ class OnBackend(NamedTuple):
 
 
 def moved(value: Any, device: str) -> Any:
-    """The tensors in nested tuples and dictionaries to another device; gradients find their way back."""
-    if isinstance(value, torch.Tensor):
+    """The tensors in modules, nested tuples and dictionaries to another device; gradients find their way back."""
+    if isinstance(value, (torch.Tensor, torch.nn.Module)):
         return value.to(device)
     if isinstance(value, dict):
         return {name: moved(x, device) for name, x in value.items()}

@@ -1,10 +1,12 @@
 """Run a function on several real processes of one gloo group, and collect what each returns."""
 
 import datetime
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,8 @@ from torch.multiprocessing.spawn import spawn
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """What `function(rank, group, *arguments)`, of a module, returns on each rank; raises if one of them does."""
-    with tempfile.TemporaryDirectory() as folder:
+    # On the CPU, where several ranks need no more than one machine: Triton has to interpret, also beside a GPU.
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_INTERPRET="1"):
         spawn(_run, (world, Path(folder), timeout, function, arguments), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
