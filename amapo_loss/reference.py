@@ -60,7 +60,8 @@ def adaptive_margins(
     """
     eps = torch.finfo(r.dtype).eps
     sigma = sigma.masked_fill(sigma <= 8 * eps * magnitude, math.inf)  # no spread to speak of: every z is 0
-    below = (mu - r.to(mu.dtype)).to(r.dtype)  # a mean in float64 may be far larger than the spread
+    # A mean in float64 may be far larger than the spread, and must not be rounded before.
+    below = mu - r if mu.dtype == r.dtype else (mu - r.to(mu.dtype)).to(r.dtype)
     distance = below.abs()
     if margin.formula == "paper":  # whose gate also turns over where mu is 0
         distance = torch.minimum(distance, mu.abs())
