@@ -54,7 +54,7 @@ def largest(x: Tensor) -> Tensor:
 def adaptive_margins(
     r: Tensor, mu: Tensor, sigma: Tensor, magnitude: Tensor, beta: float, margin: AdaptiveMargin
 ) -> Tensor:
-    """The margins h [B] of pairs with scores r [B], B > 0, in a batch with mean mu and standard deviation sigma, 0-dim.
+    """The margins h [B] of pairs with scores r [B], in a batch with mean mu and standard deviation sigma, 0-dim.
 
     `magnitude`, 0-dim, is that of the largest reward behind the scores; sigma means something beyond its rounding only.
     """

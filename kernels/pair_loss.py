@@ -506,10 +506,11 @@ class _Scaled(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- what `amapo_loss` calls
 
 
-Pairs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # as the operators take them
+# Chosen and rejected log-probs, the reference's, the lengths; in the order in which the operators take them.
+SixTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def moments(pairs: Pairs, beta: float) -> Tensor:
+def moments(pairs: SixTensors, beta: float) -> Tensor:
     """[3] float64: the number of scores, their mean, and the sum of squares about it."""
     detached = (x if x is None else x.detach() for x in pairs)
     result: Tensor = torch.ops.amapo_loss.moments.default(*detached, *_beta(beta, pairs[0].device))
@@ -517,7 +518,7 @@ def moments(pairs: Pairs, beta: float) -> Tensor:
 
 
 def pair_loss(
-    pairs: Pairs, statistics: tuple[Tensor | None, Tensor | None], moments: Tensor | None, beta: float,
+    pairs: SixTensors, statistics: tuple[Tensor | None, Tensor | None], moments: Tensor | None, beta: float,
     label_smoothing: float, paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Of checked pairs [n] on one device: the loss, differentiable in the log-probs, margins [n] and summary [15].
