@@ -36,6 +36,15 @@ def token_ids(name: str, value: object) -> Tensor:
     return value
 
 
+def no_dtensor(name: str, value: Tensor) -> None:
+    """A plain tensor, not one that is spread over devices."""
+    if hasattr(value, "full_tensor"):  # DTensor; to import its class takes as long as the whole package
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or call this inside the forward "
+            f"of the module that holds it, where FSDP2 has gathered it"
+        )
+
+
 def scalar(name: str, value: object, device: torch.device) -> None:
     """A 0-dim floating tensor on that device."""
     tensor = floating(name, value)
@@ -79,12 +88,12 @@ def instance(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be of type {kind.__name__}, got {_kind(value)}")
 
 
-def positive_int(name: str, value: object) -> None:
-    """An int of 1 or more."""
+def whole(name: str, value: object, *, at_least: int) -> None:
+    """An int of that or more."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {_kind(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
 def process_group(name: str, value: object) -> None:

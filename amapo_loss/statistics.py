@@ -110,7 +110,7 @@ class ScoreWindow(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        checks.positive_int("size", size)
+        checks.whole("size", size, at_least=1)
         self.register_buffer("scores", torch.zeros(size))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 

@@ -1,7 +1,7 @@
 """The backends, each as a function that the tests call with tensors on the CPU, wherever it computes."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
+from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss, head, tiles
 from amapo_loss.kernels import pair_loss
 
 GPU = torch.cuda.is_available()
@@ -58,3 +58,24 @@ every_backend = pytest.mark.parametrize(
         pytest.param(two_launches, id="triton in two launches", marks=on_gpu),
     ],
 )
+
+
+every_tiling = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_gpu)])
+
+
+@contextmanager
+def tiled(backend: str, elements: int = 64) -> Iterator[str]:
+    """Heads and logits in tiles of about so many elements; the device on which that backend computes them."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(tiles, "ELEMENTS", {"cpu": elements, "cuda": elements}))
+        stack.enter_context(patch.object(tiles, "MULTIPLE", 4))
+        stack.enter_context(patch.object(tiles, "ROWS", 3))
+        if backend == "triton" and not GPU:
+            stack.enter_context(patch.object(tiles, "in_triton", lambda tensor: tensor.dtype != torch.float64))
+            stack.enter_context(patch.object(head, "_multiply", _multiply))
+        yield "cuda" if backend == "triton" and GPU else "cpu"
+
+
+def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> torch.Tensor:
+    """What only a GPU can do for factors narrower than `out`."""
+    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)

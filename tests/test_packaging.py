@@ -89,7 +89,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
 def test_public_names() -> None:
     assert set(amapo_loss.__all__) == {
         "AMaPOLoss", "AMaPOOutput", "AdaptiveMargin", "Diagnostics", "Estimator", "ScoreStatistics", "ScoreWindow",
-        "amapo_loss", "dpo_loss", "sequence_logps", "simpo_loss",
+        "amapo_loss", "dpo_loss", "linear_sequence_logps", "linear_token_logps", "sequence_logps", "simpo_loss",
     }  # fmt: skip
     for name in amapo_loss.__all__:
         assert (getattr(amapo_loss, name).__doc__ or "").strip(), name
