@@ -189,9 +189,11 @@ def _require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             f"hidden must be [..., H] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be {tuple(hidden.shape[:1])}, one a row of hidden, got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets must be {tuple(hidden.shape[:1])}, one entry a hidden state, got shape {tuple(targets.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be {tuple(weight.shape[:1])}, one a row of weight, got {tuple(bias.shape)}")
+        raise ValueError(f"bias must be {tuple(weight.shape[:1])}, one entry a word, got shape {tuple(bias.shape)}")
     for name, tensor in {**parameters, "targets": targets}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of hidden, {hidden.device}")

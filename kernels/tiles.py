@@ -94,7 +94,7 @@ def add(
         with torch.cuda.device_of(z):
             _add[(len(targets),)](
                 z, *strides, targets, target, others, bias, first, columns, scale, softcap, inner,
-                BLOCK=_block(columns), num_warps=8,
+                BLOCK=_block(columns), num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def gradient(
         with torch.cuda.device_of(z):
             _gradient[(len(targets),)](
                 out, *_layout(out)[2][:2], z, *strides, targets, others, bias, first, columns, scale, softcap,
-                of_others, of_target, inner, SHARES=shares, BLOCK=_block(columns), num_warps=8,
+                of_others, of_target, inner, SHARES=shares, BLOCK=_block(columns), num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
 

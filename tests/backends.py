@@ -1,6 +1,6 @@
 """The backends, each as a function that the tests call with tensors on the CPU, wherever it computes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -79,3 +79,15 @@ def tiled(backend: str, elements: int = 64) -> Iterator[str]:
 def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> torch.Tensor:
     """What only a GPU can do for factors narrower than `out`."""
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that tensors take at once on the CPU, over what they took before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    now = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from amapo_loss.kernels import pair_loss
+from amapo_loss.kernels import pair_loss, tiles
 
 run = JITFunction.run
 # Multiplications and additions that the assembler may still fuse; those that it may not are marked .rn.
@@ -42,9 +42,26 @@ def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> No
     print(self.fn.__name__, len(kernel.asm["cubin"]), "bytes,", kernel.metadata.num_warps, "warps,", fusible, "fusible")
 
 
+def lower_tiles() -> None:
+    half, single, whole = torch.bfloat16, torch.float32, torch.int64
+    rows = [torch.empty(64, dtype=dtype, device="meta") for dtype in (whole, single, single)]
+    coefficients = [torch.empty(64, device="meta") for _ in range(2)]
+    bias = torch.empty(5000, dtype=half, device="meta")
+    products = torch.empty(64, 8192, device="meta")[:, :5000]
+    for finish in ((None, 1.0, None), (bias, 0.5, 30.0)):
+        tiles.add(*rows, products, 4096, *finish)
+        tiles.gradient(products.view(half)[:, :5000], products, *rows, 4096, *finish, *coefficients, False)
+        tiles.gradient(products, products.to(half), *rows, 4096, *finish, *coefficients, True)
+    for dtype in (half, torch.float16, single):
+        logits = torch.empty(4, 20, 5001, dtype=dtype, device="meta")[:, 2:18]
+        tiles.add(*rows, logits, 0, None, 1.0, None)
+        tiles.gradient(torch.empty_like(logits), logits, *rows, 0, None, 1.0, None, *coefficients, False)
+
+
 def main() -> None:
     driver.set_active(Driver())
     JITFunction.run = compile_only
+    lower_tiles()
     half, single, whole = torch.bfloat16, torch.float32, torch.int64
     for n, everything in product((1, 100, 8192, 1 << 24), (False, True)):
         logps = [torch.empty(n, dtype=half if everything else single, device="meta") for _ in range(2)]

@@ -15,6 +15,8 @@ from amapo_loss import (
     amapo_loss,
     dpo_loss,
     kernels,
+    linear_sequence_logps,
+    linear_token_logps,
     sequence_logps,
     simpo_loss,
 )
@@ -187,13 +189,70 @@ LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         (LOGITS[0], LABELS, ValueError, "logits must be [N, T, V] and labels [N, T], got shapes (3, 5) and (2, 3)"),
         (LOGITS, LABELS[:, 1:], ValueError, "labels [N, T], got shapes (2, 3, 5) and (2, 2)"),
         (LOGITS, LABELS.to(META), ValueError, "labels is on meta, expected the device of logits, cpu"),
-        (LOGITS, LABELS + 5, IndexError, "5"),
-        (LOGITS, LABELS - 1, IndexError, "-1"),
+        (LOGITS, LABELS + 5, IndexError, "token ids must be in [0, 5), got 5"),
+        (LOGITS, LABELS - 1, IndexError, "token ids must be in [0, 5), got -1"),
     ],
 )  # fmt: skip
 def test_sequence_logps(logits: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str) -> None:
     with raises(error, message):
         sequence_logps(logits, labels)
+
+
+HEAD = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(5, 8), "targets": torch.zeros(3, dtype=torch.int64)}
+HIDDEN, WEIGHT, TARGETS = HEAD.values()
+OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a floating tensor, got a tensor of torch.int64"),
+    ({"weight": None}, TypeError, "weight must be a floating tensor, got NoneType"),
+    ({"weight": torch.nn.Linear(8, 5)}, TypeError, "weight must be a floating tensor, got Linear"),
+    ({"weight": WEIGHT[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (3, 8) and (8,)"),
+    ({"weight": WEIGHT.T}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (3, 8) and (8, 5)"),
+    ({"weight": WEIGHT.to(META)}, ValueError, "weight is on meta, expected the device of hidden, cpu"),
+    (
+        {"weight": WEIGHT.bfloat16()},
+        ValueError,
+        "weight is torch.bfloat16, expected the dtype of hidden, torch.float32",
+    ),
+    ({"bias": 0.0}, TypeError, "bias must be a floating tensor, got float"),
+    ({"bias": torch.zeros(3)}, ValueError, "bias must be (5,), one entry a word, got shape (3,)"),
+    ({"bias": torch.zeros(5, device=META)}, ValueError, "bias is on meta, expected the device of hidden, cpu"),
+    (
+        {"bias": torch.zeros(5).double()},
+        ValueError,
+        "bias is torch.float64, expected the dtype of hidden, torch.float32",
+    ),
+    ({"keep_bytes": -1}, ValueError, "keep_bytes must be at least 0, got -1"),
+    ({"keep_bytes": 1e9}, TypeError, "keep_bytes must be an int, got float"),
+    ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite, got nan"),
+    ({"logit_scale": None}, TypeError, "logit_scale must be a Python number, got NoneType"),
+    ({"final_logit_softcapping": 0}, ValueError, "final_logit_softcapping must be > 0 and finite, got 0"),
+    ({"final_logit_softcapping": WEIGHT}, TypeError, "final_logit_softcapping must be a Python number, got a tensor"),
+]
+OF_TOKENS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"targets": TARGETS.int()}, TypeError, "targets must be an int64 tensor, got a tensor of torch.int32"),
+    ({"targets": TARGETS[:2]}, ValueError, "targets must be (3,), one entry a hidden state, got shape (2,)"),
+    ({"targets": TARGETS.to(META)}, ValueError, "targets is on meta, expected the device of hidden, cpu"),
+    ({"targets": TARGETS + 5}, IndexError, "token ids must be in [0, 5), got 5"),
+    ({"hidden": HIDDEN[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (8,) and (5, 8)"),
+]
+OF_SEQUENCES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"labels": TARGETS}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (1, 3, 8) and (3,)"),
+    ({"hidden": HIDDEN}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (3, 8) and (1, 3)"),
+    ({"labels": TARGETS[None].float()}, TypeError, "labels must be an int64 tensor, got a tensor of torch.float32"),
+    ({"labels": TARGETS[None].to(META)}, ValueError, "labels is on meta, expected the device of hidden, cpu"),
+    ({"labels": TARGETS[None] - 1}, IndexError, "token ids must be in [0, 5), got -1"),
+]
+
+
+@table(OF_BOTH, OF_TOKENS)
+def test_linear_token_logps(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        linear_token_logps(**HEAD | wrong)
+
+
+@table([row for row in OF_BOTH if "hidden" not in row[0] and "(3, 8)" not in row[2]], OF_SEQUENCES)
+def test_linear_sequence_logps(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        linear_sequence_logps(**{"hidden": HIDDEN[None], "weight": WEIGHT, "labels": TARGETS[None]} | wrong)
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps
-from tests.backends import every_tiling, tiled
+from tests.backends import every_tiling, peak_bytes, tiled
 from tests.ranks import on_ranks
 
 Tensor = torch.Tensor
@@ -457,18 +457,6 @@ def test_never_holds_the_logits() -> None:
         head = random_head(2, 512, 16, 8192, needs).to("cpu", torch.float32)
         with tiled("torch", 2**18):
             assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < whole / 8
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that tensors take at once on the CPU, over what they took before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def of_a_dtensor(rank: int, group: Any) -> list[str]:

@@ -1,12 +1,16 @@
 """From logits to sequence log-probs, against log_softmax and gather in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from amapo_loss import amapo_loss, sequence_logps
+from tests.backends import every_tiling, peak_bytes, tiled
 
 IGNORED = -100
 
@@ -19,31 +23,45 @@ def naive(logits: torch.Tensor, labels: torch.Tensor, average: bool, shift: bool
     return tokens.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
 
 
-@settings(deadline=None)
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of logits [N, T, V] in memory
+    "contiguous": lambda x: x,
+    "[T, N, V]": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "[N, V, T]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "a slice": lambda x: F.pad(x, (3, 2, 1, 2))[:, 1 : 1 + x.shape[1], 3 : 3 + x.shape[2]],
+}
+
+
+@every_tiling
+@settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 4), st.integers(0, 9), st.integers(1, 50), st.booleans(), st.booleans(), st.integers(0, 2**31),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), st.floats(0, 1),
+    st.sampled_from(sorted(LAYOUTS)),
 )  # fmt: skip
 def test_against_naive(
-    n: int, length: int, vocabulary: int, average: bool, shift: bool, seed: int, dtype: torch.dtype, ignored: float
-) -> None:
+    backend: str, n: int, length: int, vocabulary: int, average: bool, shift: bool, seed: int, dtype: torch.dtype,
+    ignored: float, layout: str,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(n, length, vocabulary, generator=generator).mul(5).to(dtype).requires_grad_()
+    logits = LAYOUTS[layout](torch.randn(n, length, vocabulary, generator=generator).mul(5).to(dtype)).requires_grad_()
     labels = torch.randint(vocabulary, (n, length), generator=generator)
     labels[torch.rand(n, length, generator=generator) < ignored] = IGNORED
     reference = logits.detach().double().requires_grad_()
     expected = naive(reference, labels, average, shift)
     upstream = torch.randn(n, generator=generator)
 
-    got = sequence_logps(logits, labels, average=average, shift=shift)
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-5, atol=1e-5)
-    got.backward(upstream.to(got.dtype))
-    expected.backward(upstream.double())
-    assert logits.grad is not None
-    assert reference.grad is not None
-    rounding = 4 * torch.finfo(dtype).eps + 1e-5
-    torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=rounding, atol=rounding)
+    with tiled(backend) as device:
+        there = logits.detach().to(device).requires_grad_()
+        got = sequence_logps(there, labels.to(device), average=average, shift=shift)
+        gradient, again = (torch.autograd.grad(got, there, upstream.to(got), retain_graph=True)[0] for _ in range(2))
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.cpu(), expected.to(got.dtype), rtol=1e-5, atol=1e-5)
+    (expected_gradient,) = torch.autograd.grad(expected, reference, upstream.double())
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient, again)
+    rounding = torch.finfo(dtype).eps + 1e-5
+    tiny = 1e-7 if dtype == torch.float16 else 1e-12
+    torch.testing.assert_close(gradient.cpu().double(), expected_gradient, rtol=rounding, atol=tiny)
 
 
 def test_a_sequence_without_a_counted_token_gives_0_and_no_gradient() -> None:
@@ -116,3 +134,68 @@ def test_feeds_the_loss() -> None:
     amapo_loss(*logps.chunk(2)).loss.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+@every_tiling
+def test_what_does_not_count_may_be_anything(backend: str) -> None:
+    """NaN in the logits of padding, as attention may leave them; but not where a label counts."""
+    logits, labels = torch.randn(2, 4, 5), torch.tensor([[IGNORED, 1, 2, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])
+    logits[0, 2:] = torch.nan
+    logits[1, 0, 4] = torch.inf
+    with tiled(backend) as device:
+        there = logits.to(device).requires_grad_()
+        logps = sequence_logps(there, labels.to(device))
+        (gradient,) = torch.autograd.grad(logps[0], there)
+    assert logps.isfinite().tolist() == [True, False]
+    assert gradient[0].isfinite().all()
+    assert not gradient[0, 2:].any()
+    with tiled(backend) as device:  # an infinite logit of the target: all or nothing, nobody can say
+        assert sequence_logps(logits.to(device), torch.tensor([[IGNORED] * 4, [IGNORED, 4, 1, 1]], device=device))[
+            1
+        ].isnan()
+
+
+def test_double_backward_raises() -> None:
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    loss = sequence_logps(logits, torch.randint(5, (2, 4))).square().sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_logits_changed_in_between_are_noticed() -> None:
+    """They are not copied; PyTorch sees that they are not what they were."""
+    leaf = torch.randn(2, 4, 5, requires_grad=True)
+    logits = leaf * 2
+    logps = sequence_logps(logits, torch.randint(5, (2, 4)))
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(sequence_logps, fullgraph=True, backend="aot_eager")
+    for n in (2, 5, 3):
+        logits, labels = torch.randn(n, 6, 11, requires_grad=True), torch.randint(11, (n, 6))
+        got, expected = compiled(logits, labels), sequence_logps(logits, labels)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits) for x in (got, expected)))
+    torch.compiler.reset()
+
+
+def test_the_operators_are_what_they_say() -> None:
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORED, 4], [IGNORED, 0, 2]])
+    statistics = torch.ops.amapo_loss.logit_statistics(logits, labels, IGNORED)
+    torch.library.opcheck(torch.ops.amapo_loss.logit_statistics.default, (logits, labels, IGNORED))
+    arguments = (torch.randn(6), logits, labels, IGNORED, *statistics)
+    torch.library.opcheck(torch.ops.amapo_loss.logit_gradient.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_holds_nothing_of_their_size_but_their_gradient(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 512, 8192).to(dtype).requires_grad_()
+    labels = torch.randint(8192, (2, 512))
+    with tiled("torch", 2**17):
+        peak = peak_bytes(lambda: sequence_logps(logits, labels).sum().backward())
+    assert 1 <= peak / (logits.numel() * logits.element_size()) < 1.2
