@@ -77,7 +77,7 @@ def _frozen(
         of_z, of_x = _narrow(z, x.dtype), x.new_zeros(x[some].shape, dtype=wide)
         tiles.gradient(of_z, z, part, 0, finish, *tiles.coefficients(1.0, part, finish))
         for block in blocks:
-            _multiply(of_x, of_z[:, block], _factor(weight[block], dtype), beta=1)
+            _add_product(of_x, of_z[:, block], _factor(weight[block], dtype))
         gradients[some] = of_x
     return tiles.token_logps(rows.target, rows.others), gradients
 
@@ -171,7 +171,7 @@ def _gradients(
             z = tiles.finished(_multiply(z, x, w.t()), finish)
             tiles.gradient(of_z, z, rows, block.start, finish, of_others, of_target)
         if needs_hidden:
-            _multiply(of_x, of_z, w, beta=1)
+            _add_product(of_x, of_z, w)
         if needs_weight:
             of_weight[block] = _multiply(x.new_empty(w.shape, dtype=wide), of_z.t(), x)
         if needs_bias:
@@ -248,11 +248,18 @@ def _factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tiles.in_triton(tensor) else tensor.to(computing_dtype(tensor))
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> Tensor:
-    """Into `out`, beta * out + a @ b, in its precision."""
+def _multiply(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The product into `out`, in its precision."""
     if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, beta=beta, out=out)
-    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The product onto `out`, in its precision."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def _narrow(z: Tensor, dtype: torch.dtype) -> Tensor:

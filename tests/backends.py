@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -72,13 +73,14 @@ def tiled(backend: str, elements: int = 64) -> Iterator[str]:
         stack.enter_context(patch.object(tiles, "ROWS", 3))
         if backend == "triton" and not GPU:
             stack.enter_context(patch.object(tiles, "in_triton", lambda tensor: tensor.dtype != torch.float64))
-            stack.enter_context(patch.object(head, "_multiply", _multiply))
+            # What only a GPU can do for factors narrower than the product.
+            for name, beta in {"_multiply": 0, "_add_product": 1}.items():
+                stack.enter_context(patch.object(head, name, partial(_product, beta)))
         yield "cuda" if backend == "triton" and GPU else "cpu"
 
 
-def _multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 0) -> torch.Tensor:
-    """What only a GPU can do for factors narrower than `out`."""
-    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+def _product(beta: int, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

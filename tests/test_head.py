@@ -1,5 +1,7 @@
 """From hidden states to log-probs without the logits, against autograd through the logits in float64."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps
-from tests.backends import every_tiling, peak_bytes, tiled
+from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
+from amapo_loss.head import _multiply as multiply
+from tests.backends import GPU, every_tiling, peak_bytes, tiled
 from tests.ranks import on_ranks
 
 Tensor = torch.Tensor
@@ -314,7 +317,8 @@ def confident_head(tokens: int, width: int, vocabulary: int, shared: float, seed
 
 
 def relative(got: Tensor, right: Tensor) -> float:
-    return float((got.cpu().double() - right).norm() / right.norm())
+    got, right = got.detach().cpu().double(), right.detach()
+    return float((got - right).norm() / right.norm())
 
 
 @every_tiling
@@ -477,3 +481,75 @@ def test_a_weight_spread_over_devices_is_refused() -> None:
     (messages,) = on_ranks(1, of_a_dtensor)
     for name, message in zip(("weight", "bias"), messages):
         assert message.startswith(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
+
+
+def test_the_product_that_only_a_gpu_takes_exists() -> None:
+    """As we call it; a CPU, which has no such kernel, can at least be asked for its shapes."""
+    half, single = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    out = multiply(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
+    assert (out.dtype, out.shape) == (torch.float32, (4, 6))
+    assert "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+OUT_OF_RANGE = """
+import torch
+from amapo_loss import linear_token_logps
+hidden = torch.zeros(3, 8, device="cuda", requires_grad=True)
+linear_token_logps(hidden, torch.zeros(5, 8, device="cuda"), torch.tensor([0, {}, 4], device="cuda")).sum().item()
+"""
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("keep_bytes", [0, 2**30, 2**40])
+    @pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
+    def test_a_head_of_its_real_size(self, needs: str, keep_bytes: int) -> None:
+        """2,000 tokens of 128,256 words, the tiles as they come: exact, and far below their logits' memory."""
+        tokens, vocabulary = 2000, 128_256
+        head, targets = confident_head(tokens, 1024, vocabulary, shared=1.0)
+        targets, upstream = targets.cuda(), torch.randn(tokens, device="cuda")
+        there = Head(*(x.to("cuda", torch.bfloat16).requires_grad_(name in needs)
+                       for x, name in zip(head[:2], ("hidden", "weight"))))  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logps = linear_token_logps(there.hidden, there.weight, targets, keep_bytes=keep_bytes)
+        got = gradients(logps, there, upstream)
+        peak = torch.cuda.max_memory_allocated() - before
+        assert peak < 4 * tokens * vocabulary + min(keep_bytes, 2 * tokens * vocabulary)
+        double = there.to("cuda", torch.float64)
+        expected = double.logits().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        assert relative(logps, expected.cpu()) < 1e-5
+        for gradient, right in zip(got, gradients(expected, double, upstream)):
+            assert relative(gradient, right.cpu()) < 5e-3
+
+    @pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
+    def test_no_token_waits(self, needs: str) -> None:
+        head, targets = random_head(1, 64, 32, 1000, needs).to("cuda", torch.bfloat16), torch.arange(64, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        linear_token_logps(head.hidden[0], head.weight, targets, keep_bytes=10**6).sum().backward()
+        sequence_logps(head.logits(), targets[None]).sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("target", [-1, 5])
+    def test_a_target_outside_the_vocabulary_is_asserted(self, target: int) -> None:
+        result = subprocess.run([sys.executable, "-c", OUT_OF_RANGE.format(target)], capture_output=True, check=False)
+        assert result.returncode != 0
+        assert b"device-side assert" in result.stderr
+
+    def test_more_logits_than_32_bits_count(self) -> None:
+        logits = torch.zeros(1, 2**15, 2**16 + 8, dtype=torch.bfloat16, device="cuda")
+        logits[0, -1, -1] = 3.0
+        logits.requires_grad_()
+        labels = torch.full((1, 2**15), IGNORED, device="cuda")
+        labels[0, -1] = 2**16 + 7
+        logps = sequence_logps(logits, labels, shift=False)
+        logps.sum().backward()
+        others = torch.tensor(2**16 + 7.0).log()
+        torch.testing.assert_close(logps.cpu(), torch.nn.functional.logsigmoid(3 - others)[None])
+        assert logits.grad is not None
+        assert logits.grad[0, -1, -1].item() == pytest.approx(torch.sigmoid(others - 3).item(), rel=1e-2)
+        assert not logits.grad[0, :-1].any()
