@@ -1,6 +1,6 @@
 """The backends, each as a function that the tests call with tensors on the CPU, wherever it computes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -81,15 +81,3 @@ def tiled(backend: str, elements: int = 64) -> Iterator[str]:
 
 def _product(beta: int, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that tensors take at once on the CPU, over what they took before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    now = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most

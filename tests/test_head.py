@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from amapo_loss.head import _multiply as multiply
-from tests.backends import GPU, every_tiling, peak_bytes, tiled
+from benchmarks.memory import peak_bytes
+from tests.backends import GPU, every_tiling, tiled
 from tests.ranks import on_ranks
 
 Tensor = torch.Tensor

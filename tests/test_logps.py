@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from amapo_loss import amapo_loss, sequence_logps
-from tests.backends import every_tiling, peak_bytes, tiled
+from benchmarks.memory import peak_bytes
+from tests.backends import every_tiling, tiled
 
 IGNORED = -100
 
