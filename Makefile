@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
-.PHONY: demo test lint bench estimators figures clean
+.PHONY: demo test lint bench head estimators figures clean
 
 demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
 	$(RUN) benchmarks.demo $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)") $(ARGS)
@@ -18,6 +18,9 @@ lint: .venv/ready  ## style and types
 
 bench: .venv/ready  ## time the loss against the released trainer's arithmetic
 	$(RUN) benchmarks.latency $(ARGS)
+
+head: .venv/ready  ## time, memory and precision of the language-model head, against peers
+	$(RUN) benchmarks.head $(ARGS)
 
 estimators: .venv/ready  ## how far micro-batches are from the whole batch, with each estimate of its statistics
 	$(RUN) benchmarks.estimators $(ARGS)

@@ -3,7 +3,8 @@
 Two ways, by what a gradient is wanted for. A *frozen* head (LoRA and the like) takes blocks of tokens by the whole
 vocabulary: forward makes a block's gradient, too, and backward only scales it: 2 matrix products in all. A *trainable*
 one takes all tokens by blocks of the vocabulary, in forward and again in backward, so that a block of the weight's
-gradient is one product, rounded once: 4 products, 3 for tiles that forward may keep. Without a gradient it is 1.
+gradient is one product, rounded once: 4 products, 3 for tiles that forward may keep. So does a frozen one whose weight
+has to be converted first, a block of it at a time: 3. Without a gradient it is 1.
 
 Products, and sums of products, are float32 at least: rounded to bfloat16 tile by tile they bias training, though the
 error of one step looks the same. Each way is an operator, opaque to torch.compile, with an autograd function around it.
@@ -32,15 +33,12 @@ def linear_logps(
         dtype = torch.get_autocast_dtype(device)
     arguments = (hidden, weight, targets, bias, dtype, scale, softcap)
     # Inside a forward of autograd, grad mode is always off; and what needs_input_grad says there ignores no_grad.
-    with_gradient = torch.is_grad_enabled()
-    logps: Tensor
-    if with_gradient and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        logps = _Trainable.apply(*arguments, keep_bytes)[0]
-    elif with_gradient and hidden.requires_grad:
-        logps = _Frozen.apply(*arguments)[0]
-    else:
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
         target, others, *_ = _statistics(*arguments, 0)
-        logps = tiles.token_logps(target, others)
+        return tiles.token_logps(target, others)
+    frozen = not trainable and weight.dtype == dtype == _factor(hidden[:0], dtype).dtype
+    logps: Tensor = (_Frozen.apply(*arguments) if frozen else _Trainable.apply(*arguments, keep_bytes))[0]
     return logps
 
 
@@ -60,25 +58,17 @@ def _frozen(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs [n], and the gradient of each in its hidden state [n, H]."""
     tiles.require_within(targets, len(weight))
-    x, finish = _factor(hidden, dtype), Finish(bias, scale, softcap)
-    rows, wide = Rows.of(targets, computing_dtype(x)), computing_dtype(x)
-    # All words at once, unless that would convert the whole weight at once, too.
-    words = tiles.size(len(weight), hidden.shape[1], hidden.device) if x.dtype != weight.dtype else len(weight)
-    blocks = list(tiles.slices(len(weight), words))
-    size = tiles.size(len(hidden), len(weight), hidden.device)
-    tile = x.new_empty((size, len(weight)), dtype=wide)
+    x, size = _factor(hidden, dtype), tiles.size(len(hidden), len(weight), hidden.device)
+    rows, wide, finish = Rows.of(targets, computing_dtype(x)), computing_dtype(x), Finish(bias, scale, softcap)
     gradients = torch.empty_like(hidden)
-    for some in tiles.slices(len(hidden), size):
+    tile = x.new_empty((size, len(weight)), dtype=wide)
+    for some in tiles.slices(len(x), size):
         z, part = tile[: some.stop - some.start], rows.part(some)
-        for block in blocks:
-            _multiply(z[:, block], x[some], _factor(weight[block], dtype).t())
-        z = tiles.finished(z, finish)
+        z = tiles.finished(_multiply(z, x[some], weight.t()), finish)
         tiles.add(part, z, 0, finish)
-        of_z, of_x = _narrow(z, x.dtype), x.new_zeros(x[some].shape, dtype=wide)
+        of_z = _narrow(z, x.dtype)
         tiles.gradient(of_z, z, part, 0, finish, *tiles.coefficients(1.0, part, finish))
-        for block in blocks:
-            _add_product(of_x, of_z[:, block], _factor(weight[block], dtype))
-        gradients[some] = of_x
+        gradients[some] = _multiply(x.new_empty(x[some].shape, dtype=wide), of_z, weight)
     return tiles.token_logps(rows.target, rows.others), gradients
 
 

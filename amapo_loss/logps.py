@@ -114,7 +114,8 @@ def linear_token_logps(
     the loss may couple tokens and sequences as it likes. Tiles and sums are float32 at least, whatever the inputs are.
 
     With a `weight` and `bias` that need no gradient, forward makes that of `hidden` as well, and holds it instead of
-    `hidden`: two matrix products of n x V x H in all. Otherwise backward computes the tiles again: four products, and
+    `hidden`: two matrix products of n x V x H in all. (It is three where tiles of the weight have to be converted, from
+    float32 under autocast or on a CPU to float32.) Otherwise backward computes the tiles again: four products, and
     nothing of [V, H] but the gradient. Without gradients it is one.
 
     Args:
@@ -123,8 +124,8 @@ def linear_token_logps(
         targets: [n] token ids, int64, all of which count.
         bias: [V] in the dtype of `weight`.
         keep_bytes: memory that a trainable head may use, from forward to backward, to be faster: three products for the
-            tiles that it suffices for, in the dtype of the products; V x n elements are all. A frozen head computes
-            nothing twice and keeps nothing.
+            tiles that it suffices for, in the dtype of the products; some V x n elements are all. A frozen head of that
+            dtype computes nothing twice and keeps nothing.
         logit_scale: s, as Cohere's and Granite's models multiply their logits, which TRL calls by the same name.
         final_logit_softcapping: c, as Gemma's models cap them, after the scale.
 

@@ -34,7 +34,7 @@ from torch.utils.benchmark import Timer
 
 from amapo_loss import linear_sequence_logps, tiles
 from benchmarks.memory import peak_bytes
-from benchmarks.record import RESULTS, write_json
+from benchmarks.record import RESULTS, version_of, write_json
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -227,7 +227,7 @@ def costs(batch: Batch, device: str, rounds: int, progress: Progress, title: str
         except torch.OutOfMemoryError:
             found[name] = "out of memory"
             continue
-        timers[name] = Timer("run()", globals={"run": run})
+        timers[name] = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     for _ in range(rounds):
         progress.advance(bar)
         for name, timer in timers.items():
@@ -325,23 +325,20 @@ def exact_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Time against memory; a panel for each case and each kind of head."""
     panels = list(dict.fromkeys((row["case"], row["head"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), squeeze=False)
-    for axis, (case, head) in zip(axes[0], panels):
+    colors = dict(zip(dict.fromkeys(row["variant"] for row in rows), (f"C{i}" for i in range(10))))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels) + 2, 3.8), squeeze=False)
+    for axis, panel in zip(axes[0], panels):
         for row in rows:
-            if (row["case"], row["head"]) == (case, head) and row["ms"] is not None:
-                own = row["variant"].startswith("ours")
-                axis.scatter(row["workspace_mb"], row["ms"], color="tab:red" if own else "tab:blue", zorder=3)
-                axis.annotate(
-                    row["variant"],
-                    (row["workspace_mb"], row["ms"]),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-        axis.set(xscale="log", ylim=(0, None), title=f"{case}, {head} head")
+            if (row["case"], row["head"]) == panel and row["ms"] is not None:
+                marker, size = ("*", 180) if row["variant"].startswith("ours") else ("o", 60)
+                axis.scatter(
+                    row["workspace_mb"], row["ms"], size, color=colors[row["variant"]], marker=marker, zorder=3,
+                    label=row["variant"],
+                )  # fmt: skip
+        axis.set(xscale="log", ylim=(0, None), title=f"{panel[0]}, {panel[1]} head")
         axis.set(xlabel="MB beside inputs and gradients", ylabel="ms, forward + backward")
-        axis.margins(x=0.35)
         axis.grid(alpha=0.3)
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -367,7 +364,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = [name for name, case in CASES.items() if case.device == device]
     parser.add_argument("--case", choices=here, nargs="+", default=here, help="default: all that fit the device")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS / f"head_{device}.json", help="the picture goes beside it")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # of torch.compile, about the hardware
@@ -411,6 +408,7 @@ def main() -> None:
 
     figures = {
         "rounds": args.rounds,
+        "peers": {package: version_of(package) for package in ("trl", "liger-kernel", "cut-cross-entropy")},
         "cases": {name: CASES[name]._asdict() | {"dtype": str(CASES[name].dtype)} for name in args.case},
         "rows": rows,
         "precision": {name: numbers._asdict() for name, numbers in precision.items()},

@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # with the kind of build, which its metadata lacks
-            "triton": _version("triton"),
+            "triton": version_of("triton"),
         },
         "hardware": {
             "cpu": _cpu_name(),
@@ -40,7 +40,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """As installed, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

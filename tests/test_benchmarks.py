@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, amapo_loss
-from benchmarks import demo, estimators, formulas, latency
+from benchmarks import demo, estimators, formulas, head, latency
 from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
 from benchmarks.floor import empty_kernel
 from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
@@ -179,6 +179,35 @@ def test_latency_writes_table_json_and_picture(
     printed = capsys.readouterr().out
     assert "and summary" in printed
     assert "released arithmetic" in printed
+    assert out.with_suffix(".png").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what TRL imports
+def test_head_writes_tables_json_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And everyone's gradient is that of float64, about; ours, in bfloat16, the nearest."""
+    out = tmp_path / "head.json"
+    small = head.CASES["small"]._replace(width=32, vocabulary=500, sequences=4, length=32)
+    every = head.variants
+
+    def not_compiled(device: str, with_weight: bool) -> dict[str, head.Step]:
+        return {name: step for name, step in every(device, with_weight).items() if "compiled" not in name}
+
+    monkeypatch.setattr(sys, "argv", ["head", "--rounds", "2", "--out", str(out)])
+    monkeypatch.setattr(head, "CASES", {"small": small})
+    monkeypatch.setattr(head, "PRECISION", small._replace(dtype=torch.bfloat16))
+    monkeypatch.setattr(head, "variants", not_compiled)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    head.main()
+    written = json.loads(out.read_text())
+    assert {row["variant"] for row in written["rows"]} >= {head.ALL_TOKENS, head.BASELINE, "ours", "ours, keep_bytes"}
+    assert all(error < 1e-4 for row in written["rows"] for error in row["errors"])
+    assert all(row["ratio"] == 1 for row in written["rows"] if row["variant"] == head.BASELINE)
+    precision = written["precision"]
+    assert precision["ours"]["confident"] < precision[head.BASELINE]["confident"]
+    assert precision["ours"]["changed_weight"] < 0.01
+    assert "out of memory" not in capsys.readouterr().out
     assert out.with_suffix(".png").exists()
 
 
