@@ -18,7 +18,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         run()
     now = most = 0
     for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: int(event.start_ns())):
