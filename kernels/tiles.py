@@ -41,9 +41,8 @@ def _add(Z, z_outer, z_inner, z_stride, TARGETS, TARGET, OTHERS, BIAS, first, co
         for start in range(0, columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
             z = _logits(Z, BIAS, j, z_stride, j < columns, scale, softcap)
-            hit = (j == y) & (j < columns)
-            target += tl.sum(tl.where(hit, z, 0.0))
-            z = tl.where(hit, -INF, z)
+            target += tl.sum(tl.where(j == y, z, 0.0))
+            z = tl.where(j == y, -INF, z)
             more = tl.maximum(most, tl.max(z))
             around = tl.where(more == -INF, 0.0, more)  # nothing seen yet: its exponential is 0, not NaN
             total = total * tl.exp(most - around) + tl.sum(tl.exp(z - around))
