@@ -66,7 +66,7 @@ def _gradient(OUT, out_outer, out_inner, Z, z_outer, z_inner, z_stride, TARGETS,
     of_others = tl.load(OF_OTHERS + row)
     of_target = tl.load(OF_TARGET + row)
     counts = y >= 0
-    seen = tl.where(counts, columns, 0)  # of a row that does not count, nothing: it may hold NaN
+    seen = tl.where(counts, columns, 0)  # of a row that does not count, nothing is read
     y -= first
     for start in range(0, columns, BLOCK):
         j = start + tl.arange(0, BLOCK).to(tl.int64)
