@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
-.PHONY: demo test lint bench head estimators figures clean
+.PHONY: demo test lint bench head estimators runs figures clean
 
 demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
 	$(RUN) benchmarks.demo $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)") $(ARGS)
@@ -24,6 +24,9 @@ head: .venv/ready  ## time, memory and precision of the language-model head, aga
 
 estimators: .venv/ready  ## how far micro-batches are from the whole batch, with each estimate of its statistics
 	$(RUN) benchmarks.estimators $(ARGS)
+
+runs: .venv/ready  ## what the diagnostics look like in a healthy run and in failing ones
+	$(RUN) benchmarks.runs $(ARGS)
 
 figures: .venv/ready  ## draw the README's picture of the two formulas
 	$(RUN) benchmarks.formulas $(ARGS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, amapo_loss
-from benchmarks import demo, estimators, formulas, head, latency
+from benchmarks import demo, estimators, formulas, head, latency, runs
 from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
 from benchmarks.floor import empty_kernel
 from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
@@ -208,6 +208,21 @@ def test_head_writes_tables_json_and_picture(
     assert precision["ours"]["confident"] < precision[head.BASELINE]["confident"]
     assert precision["ours"]["changed_weight"] < 0.01
     assert "out of memory" not in capsys.readouterr().out
+    assert out.with_suffix(".png").exists()
+
+
+def test_runs_write_table_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the mistakes show."""
+    out = tmp_path / "runs.json"
+    small = ["--imitation-steps", "30", "--steps", "3", "--batch-size", "16", "--pairs", "64"]
+    monkeypatch.setattr(sys, "argv", ["runs", *small, "--out", str(out)])
+    runs.main()
+    written = json.loads(out.read_text())
+    first = {run: dict(zip(written["entries"], steps[0])) for run, steps in written["runs"].items()}
+    assert first.keys() == runs.RUNS.keys()
+    right, wrong = (first[run]["rewards/accuracies"] for run in ("healthy", "answers swapped"))
+    assert wrong == pytest.approx(1 - right)
+    assert first["sums, not averages"]["amapo/margin_mean"] > first["healthy"]["amapo/margin_mean"]
     assert out.with_suffix(".png").exists()
 
 
