@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
-.PHONY: demo test lint bench head estimators runs figures clean
+.PHONY: demo test lint bench head trainer estimators runs figures clean
 
 demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
 	$(RUN) benchmarks.demo $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)") $(ARGS)
@@ -21,6 +21,9 @@ bench: .venv/ready  ## time the loss against the released trainer's arithmetic
 
 head: .venv/ready  ## time, memory and precision of the language-model head, against peers
 	$(RUN) benchmarks.head $(ARGS)
+
+trainer: .venv/ready  ## a training step of AMaPOTrainer against one of DPOTrainer
+	$(RUN) benchmarks.trainer $(ARGS)
 
 estimators: .venv/ready  ## how far micro-batches are from the whole batch, with each estimate of its statistics
 	$(RUN) benchmarks.estimators $(ARGS)

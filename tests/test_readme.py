@@ -22,7 +22,8 @@ def test_finds_them() -> None:
 
 def given(folder: Path) -> dict[str, Any]:
     """What examples take as the reader's own; for Hugging Face's and Lightning's, as little of it as there can be."""
-    from tests.test_trl import pairs, tiny_llama, tokenizer
+    from benchmarks.trainer import byte_tokenizer
+    from tests.test_trl import pairs, tiny_llama
 
     def batch(first: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(2, 258, (4, 9), generator=torch.Generator().manual_seed(first))
@@ -32,7 +33,7 @@ def given(folder: Path) -> dict[str, Any]:
         return batch(rows[0])
 
     return {
-        "model": tiny_llama(), "tokenizer": tokenizer(), "dataset": pairs(4), "pairs": list(range(4)),
+        "model": tiny_llama(), "tokenizer": byte_tokenizer(), "dataset": pairs(4), "pairs": list(range(4)),
         "collate": collate, "loader": torch.utils.data.DataLoader(list(range(2)), batch_size=1, collate_fn=collate),
     }  # fmt: skip
 

@@ -19,30 +19,16 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of theirs there are many
 
 from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 from amapo_loss.trl import AMaPOConfig, AMaPOTrainer  # noqa: E402
+from benchmarks import trainer as steps  # noqa: E402
+from benchmarks.trainer import byte_tokenizer, llama  # noqa: E402
 
 PAIRS = 24
 
 
-def tokenizer() -> Any:
-    """A token for every byte, and two more."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
-    bytes_alone = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_alone, pad_token="<pad>", eos_token="<eos>")
-
-
 def tiny_llama(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return llama(258, 32, 2, seed)
 
 
 def pairs(n: int = PAIRS) -> Any:
@@ -63,7 +49,9 @@ def trainer(folder: Path, model: Any = None, config: type[Any] = AMaPOConfig, **
         "bf16": False, "learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "seed": 3,
     }  # fmt: skip
     args = config(str(folder), **defaults | options)
-    return AMaPOTrainer(model or tiny_llama(), args=args, train_dataset=pairs(), processing_class=tokenizer(), **others)
+    return AMaPOTrainer(
+        model or tiny_llama(), args=args, train_dataset=pairs(), processing_class=byte_tokenizer(), **others
+    )
 
 
 def by_hand(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,3 +309,31 @@ def test_reads_the_command_line(tmp_path: Path) -> None:
     assert args.margin == AdaptiveMargin(formula="released")
     assert (args.reference_free, args.statistics_window, args.beta) == (False, 64, 2.0)
     assert json.loads(args.to_json_string())["formula"] == "released"
+
+
+def test_the_benchmark_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trainer.json"
+    small = [
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--vocabulary",
+        "258",
+        "--width",
+        "32",
+        "--layers",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["trainer", *small, "--out", str(out)])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    steps.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["trainer"] for row in rows] == list(steps.KINDS)
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["peak_mb"] == pytest.approx(rows[0]["peak_mb"], rel=0.02)
+    assert "AMaPOTrainer, window" in capsys.readouterr().out
