@@ -79,7 +79,7 @@ class AMaPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        for name in OF_OTHER_LOSSES + OF_A_REFERENCE * self.reference_free:
+        for name in OF_OTHER_LOSSES + (OF_A_REFERENCE if self.reference_free else ()):
             value, default = getattr(self, name), defaults[name]
             if value != default:
                 why = "of DPO's other losses" if name in OF_OTHER_LOSSES else "of a reference, and reference_free is on"
@@ -120,7 +120,9 @@ class AMaPOTrainer(DPOTrainer):
 
     precompute_ref_logps: bool
 
-    def __init__(self, model: Any, ref_model: Any = None, args: AMaPOConfig | None = None, **others: Any) -> None:
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: AMaPOConfig | None = None, *others: Any, **options: Any
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = AMaPOConfig(f"{name.split('/')[-1]}-AMaPO")
@@ -128,7 +130,7 @@ class AMaPOTrainer(DPOTrainer):
             raise TypeError(f"args must be an AMaPOConfig, got {type(args).__name__}")
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, and reference_free is on: pass AMaPOConfig(reference_free=False)")
-        super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, **others)
+        super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
         # What DPOTrainer's own loss has left to compute: the SFT term, or nothing, and the metrics.
@@ -151,7 +153,7 @@ class AMaPOTrainer(DPOTrainer):
             policy.append(model(*arguments, **options))
             return policy[-1]
 
-        inputs = inputs | self._reference_logps(inputs)
+        inputs = inputs | self._reference_logps(inputs)  # which DPOTrainer then takes, and no forward pass of its own
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             rest = super()._compute_loss(heard, inputs, return_outputs)
@@ -189,9 +191,8 @@ class AMaPOTrainer(DPOTrainer):
         summary = diagnostics.summary()
         averages = self.accelerator.gather(torch.stack(list(summary.values()))).view(-1, len(summary)).mean(0)
         metrics = self._metrics["train" if training else "eval"]
-        for name, value in zip(
-            summary, averages.tolist()
-        ):  # instead of what DPOTrainer has just appended, or beside it
+        # In place of what DPOTrainer has just appended, or beside it.
+        for name, value in zip(summary, averages.tolist()):
             metrics[name][len(metrics["rewards/margins"]) - 1 :] = [value]
         return loss
 
