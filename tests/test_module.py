@@ -21,6 +21,16 @@ def test_called_as_openrlhf_calls_its_dpo_loss() -> None:
     assert policy[0].grad is not None
 
 
+def test_called_as_torchtunes_recipes_call_their_loss() -> None:
+    """loss, chosen_rewards, rejected_rewards = loss_fn(four log-probs); loss = loss.mean(); of torchtune 0.6."""
+    policy, ref = random_logps(6), random_logps(6, seed=1)
+    expected = amapo_loss(*policy, *ref, beta=0.1)
+    for reduction in ("mean", "none"):
+        loss, chosen_rewards, rejected_rewards = AMaPOLoss(beta=0.1, reduction=reduction)(*policy, *ref)
+        torch.testing.assert_close(loss.mean(), expected.loss)
+        assert torch.equal(chosen_rewards > rejected_rewards, expected.diagnostics.scores > 0)
+
+
 def test_called_by_keyword_with_lengths() -> None:
     chosen, rejected = random_logps(6)
     lengths = {"chosen_lengths": torch.arange(1, 7), "rejected_lengths": torch.arange(2, 8)}

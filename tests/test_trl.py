@@ -315,21 +315,8 @@ def test_the_benchmark_of_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "trainer.json"
-    small = [
-        "--rounds",
-        "1",
-        "--steps",
-        "3",
-        "--batch-size",
-        "2",
-        "--vocabulary",
-        "258",
-        "--width",
-        "32",
-        "--layers",
-        "1",
-    ]
-    monkeypatch.setattr(sys, "argv", ["trainer", *small, "--out", str(out)])
+    small = {"rounds": 1, "steps": 3, "batch-size": 2, "vocabulary": 258, "width": 32, "layers": 1, "out": out}
+    monkeypatch.setattr(sys, "argv", ["trainer", *(f"--{name}={value}" for name, value in small.items())])
     monkeypatch.setenv("TQDM_DISABLE", "1")
     steps.main()
     rows = json.loads(out.read_text())["rows"]
