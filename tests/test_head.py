@@ -535,7 +535,7 @@ class TestOnAGpu:
         sequence_logps(head.logits(), targets[None]).sum().backward()
         torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.mark.parametrize("target", [-1, 5])
+    @pytest.mark.parametrize("target", [-1, 5, 2**32 + 3])
     def test_a_target_outside_the_vocabulary_is_asserted(self, target: int) -> None:
         result = subprocess.run([sys.executable, "-c", OUT_OF_RANGE.format(target)], capture_output=True, check=False)
         assert result.returncode != 0
