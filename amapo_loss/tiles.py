@@ -68,7 +68,7 @@ def coefficients(upstream: Tensor | float, rows: Rows, finish: Finish) -> tuple[
 def require_within(targets: Tensor, vocabulary: int) -> None:
     """Every target is a column; else, an IndexError on a CPU, and on a GPU, for which none waits, its own assertion."""
     if targets.device.type != "cpu":
-        targets.new_zeros(1).expand(vocabulary).gather(0, targets)  # asserts in 64 bits, where index_select has 32
+        targets.new_zeros(1).expand(vocabulary).gather(0, targets)  # asserts 0 <= y < V
     elif targets.numel():
         low, high = torch.aminmax(targets)
         if low < 0 or high >= vocabulary:
