@@ -21,12 +21,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from amapo_loss import Estimator, ScoreStatistics, ScoreWindow, amapo_loss
-from benchmarks.record import RESULTS, write_json
+from benchmarks.record import RESULTS, write_json, write_picture
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
 BETA = 2.0
+
+
+def count(scores: Tensor) -> Tensor:
+    """Of scores, on their device."""
+    return torch.tensor(len(scores), device=scores.device)
 
 
 class RunningAverage:
@@ -38,9 +43,10 @@ class RunningAverage:
 
     def __call__(self, scores: Tensor, _: Any) -> ScoreStatistics:
         """The averages with this batch in them."""
-        self.sums = self.decay * self.sums + torch.stack((scores.mean(), scores.square().mean(), torch.ones(())))
+        seen = torch.stack((scores.mean(), scores.square().mean(), scores.new_ones(())))
+        self.sums = self.decay * self.sums.to(scores.device) + seen
         mean, square, _ = self.sums / self.sums[2]
-        return ScoreStatistics(mean, (square - mean**2).clamp(min=0).sqrt(), torch.tensor(len(scores)))
+        return ScoreStatistics(mean, (square - mean**2).clamp(min=0).sqrt(), count(scores))
 
 
 class Learned(nn.Module):
@@ -58,7 +64,8 @@ class Learned(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
-        self.state = torch.zeros(1, hidden)
+        self.state: Tensor
+        self.register_buffer("state", torch.zeros(1, hidden))
         self.prediction: tuple[Tensor, Tensor] | None = None
 
     @torch.enable_grad()
@@ -77,25 +84,25 @@ class Learned(nn.Module):
         step_mean, step_log_std = self.head(self.state)[0]
         self.prediction = (mean + std * step_mean, std.log() + step_log_std)
         mean, log_std = self.prediction
-        return ScoreStatistics(mean.detach(), log_std.detach().exp(), torch.tensor(len(scores)))
+        return ScoreStatistics(mean.detach(), log_std.detach().exp(), count(scores))
 
 
 def robust(scores: Tensor, _: Any) -> ScoreStatistics:
     """Median and median absolute deviation of the micro-batch; the factor makes it a normal standard deviation."""
     middle = scores.median()
-    return ScoreStatistics(middle, 1.4826 * (scores - middle).abs().median(), torch.tensor(len(scores)))
+    return ScoreStatistics(middle, 1.4826 * (scores - middle).abs().median(), count(scores))
 
 
-def estimators(pairs: int, batch: int) -> dict[str, Estimator]:
+def estimators(pairs: int, batch: int, device: str | torch.device = "cpu") -> dict[str, Estimator]:
     """For micro-batches of so many pairs out of a batch, without a past."""
     torch.manual_seed(0)
     micro_batches = batch / pairs
     return {
         "itself": ScoreStatistics.of,
         "median, MAD": robust,
-        "ScoreWindow": ScoreWindow(batch),
+        "ScoreWindow": ScoreWindow(batch).to(device),
         "running average": RunningAverage(micro_batches),
-        "learned": Learned(micro_batches),
+        "learned": Learned(micro_batches).to(device),
     }
 
 
@@ -159,7 +166,7 @@ def main() -> None:
     axes.set_xticks(args.pairs, [str(pairs) for pairs in args.pairs], minor=False)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(args.out.with_suffix(".png"), dpi=130)
+    write_picture(args.out.with_suffix(".png"), figure)
     console.print(f"wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, ScoreStatistics, amapo_loss
 from amapo_loss.margin import Formula
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, write_picture
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -48,8 +48,7 @@ def main() -> None:
     panels[0].set_ylabel(f"margin (beta = {BETA:g})")
     panels[0].legend(loc="center right")
     figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=130)
+    write_picture(args.out, figure)
     print(f"wrote {args.out}")
 
 

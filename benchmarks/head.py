@@ -34,7 +34,7 @@ from torch.utils.benchmark import Timer
 
 from amapo_loss import linear_sequence_logps, tiles
 from benchmarks.memory import peak_bytes
-from benchmarks.record import RESULTS, version_of, write_json
+from benchmarks.record import RESULTS, version_of, write_json, write_picture
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -340,7 +340,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    write_picture(path, figure)
 
 
 def titled(title: str, *columns: str) -> Table:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
-from benchmarks.record import RESULTS, write_json
+from benchmarks.record import RESULTS, write_json, write_picture
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -202,7 +202,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
             panel.set(yscale="log", ylim=(None, None))
     panels[0][0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    write_picture(path, figure)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""What every benchmark writes beside its figures: command, versions, hardware. Knows no benchmark."""
+"""How every benchmark writes: figures beside command, versions and hardware, and files whole or not at all."""
 
+import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -10,17 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def write_json(path: Path, module: str, figures: dict[str, Any]) -> None:
-    """Write the figures with what they were measured with, all at once or not at all."""
+    """Write the figures with what they were measured with."""
     record = {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), **environment(), **figures}
+    text = json.dumps(record, indent=1)
+    text = re.sub(
+        r"\[\n[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text
+    )  # a list of numbers on one line
+    write_whole(path, (text + "\n").encode())
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write it as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_whole(path, picture.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write all of it, or raise OSError and leave what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def environment() -> dict[str, Any]:

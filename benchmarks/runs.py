@@ -21,10 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from amapo_loss import AMaPOOutput, amapo_loss
-from benchmarks.byte_lm import ByteLM, tensors
-from benchmarks.demo import Logps, Texts, averaged, both_answers, imitate, pair_logps, shuffled_batches
-from benchmarks.pairs import generated_corpus
-from benchmarks.record import RESULTS, write_json
+from benchmarks.experiment import Logps, averaged, imitate, pair_logps, shuffled_batches
+from benchmarks.models import ByteLM, Texts, tensors
+from benchmarks.pairs import both_answers, generated_corpus
+from benchmarks.record import RESULTS, write_json, write_picture
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -84,7 +84,7 @@ def draw(path: Path, found: dict[str, list[list[float]]]) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(found), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, dpi=130)
+    write_picture(path, figure)
 
 
 def main() -> None:
@@ -99,12 +99,11 @@ def main() -> None:
 
     corpus = generated_corpus(pairs=args.pairs, held_out=8, demonstrations=2 * args.pairs, seed=0)
     demonstrations, answers = (
-        Texts(*tensors(texts, MAX_PROMPT, MAX_ANSWER)[:2])
-        for texts in (corpus.demonstrations, both_answers(corpus.train))
+        tensors(texts, MAX_PROMPT, MAX_ANSWER)[0] for texts in (corpus.demonstrations, both_answers(corpus.train))
     )
     torch.manual_seed(0)
     checkpoint = ByteLM(64, 2, 1 + MAX_PROMPT + MAX_ANSWER)
-    imitate(checkpoint, demonstrations, args.imitation_steps, args.batch_size)
+    imitate(checkpoint, demonstrations, args.imitation_steps, args.batch_size, description="imitating")
     found = {
         name: summaries(copy.deepcopy(checkpoint), run, answers, args.steps, args.batch_size, name)
         for name, run in RUNS.items()
