@@ -3,10 +3,13 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
-.PHONY: demo test lint bench head trainer estimators runs figures clean
+STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
+FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
+
+.PHONY: demo test lint bench head trainer estimators runs figures gpu clean studies $(STUDIES)
 
 demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
-	$(RUN) benchmarks.demo $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)") $(ARGS)
+	$(RUN) benchmarks.demo $(FILES) $(ARGS)
 
 test: .venv/ready  ## every test that needs no GPU
 	$(RUN) pytest --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
@@ -33,6 +36,15 @@ runs: .venv/ready  ## what the diagnostics look like in a healthy run and in fai
 
 figures: .venv/ready  ## draw the README's picture of the two formulas
 	$(RUN) benchmarks.formulas $(ARGS)
+
+studies: .venv/ready  ## all eight studies of benchmarks/README.md; DATA=, EVAL= and RM_BENCH= take your own files
+	$(RUN) benchmarks.studies all $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
+
+$(STUDIES): .venv/ready  ## one of them
+	$(RUN) benchmarks.studies $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
+
+gpu:  ## what only a GPU can show, into build/gpu, with the PyTorch that is installed
+	benchmarks/gpu.sh
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

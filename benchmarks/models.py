@@ -40,9 +40,10 @@ class HuggingFaceLM(nn.Module):
     def __init__(self, directory: Path) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils import logging
 
-        disable_progress_bar()  # of loading, once a run
+        quiet: Any = logging.disable_progress_bar
+        quiet()  # of loading, once a run
         # It comes with its dropout off, and stays so: a pair has one score in a step.
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
 

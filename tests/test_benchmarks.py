@@ -11,8 +11,8 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, amapo_loss
 from benchmarks import demo, estimators, formulas, head, latency, runs
-from benchmarks.byte_lm import END, IGNORED, ByteLM, tensors
 from benchmarks.floor import empty_kernel
+from benchmarks.models import END, IGNORED, ByteLM, tensors
 from benchmarks.pairs import SLIP_RATES, Pair, generated_corpus, read_pairs
 from tests.backends import triton_loss
 
@@ -74,24 +74,25 @@ def test_an_empty_or_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_generated_pairs_have_the_difficulty_they_say() -> None:
     corpus = generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
-    assert len(corpus.train) == 3000
+    assert len(corpus.train) == 2700
+    assert len(corpus.validation) == 300
     assert len(corpus.held_out) == 500
-    assert not {pair.prompt for pair in corpus.train} & {pair.prompt for pair in corpus.held_out}
+    assert not {pair.prompt for pair in corpus.train} & {pair.prompt for pair in corpus.held_out + corpus.validation}
     assert all(pair.chosen != pair.rejected for pair in corpus.train)
     by_prompt = {pair.prompt: pair for pair in corpus.train}
-    for difficulty, rate in SLIP_RATES.items():
-        imitated = [
-            (by_prompt[p], answer) for p, answer in corpus.demonstrations if by_prompt[p].difficulty == difficulty
-        ]
+    for difficulty, (least, most) in SLIP_RATES.items():
+        of_this = [pair for pair in corpus.train if pair.source == difficulty]
+        assert {round(1 - (pair.confidence or 0), 6) for pair in of_this} >= {least, most}
+        imitated = [(by_prompt[p], answer) for p, answer in corpus.demonstrations if by_prompt[p].source == difficulty]
         slips = sum(answer == pair.rejected for pair, answer in imitated) / len(imitated)
-        assert abs(slips - rate) < 0.05
+        assert abs(slips - (least + most) / 2) < 0.05
     assert corpus == generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
     with pytest.raises(ValueError, match="at most"):
         generated_corpus(pairs=10**5, held_out=1, demonstrations=1, seed=0)
 
 
 def test_text_becomes_tokens_and_labels() -> None:
-    tokens, labels, cut = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
+    (tokens, labels), cut = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
     assert tokens.tolist() == [[END, ord("b"), *b"xyz"], [END, ord("c"), *"é".encode(), END]]
     assert labels.tolist() == [[IGNORED, IGNORED, *b"xyz"], [IGNORED, IGNORED, *"é".encode(), END]]
     assert cut == 1
@@ -116,8 +117,8 @@ def test_the_demo_writes_table_json_and_picture(
     demo.main()
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert figures["models"].keys() == {"imitation alone", *demo.OBJECTIVES}
-    for name in demo.OBJECTIVES:
+    assert figures["models"].keys() == {"imitation alone", *demo.TREATMENTS}
+    for name in demo.TREATMENTS:
         assert name in printed
         assert 0 <= figures["models"][name]["ranked right"] <= 1
     assert ("hard" in printed) != own_data
