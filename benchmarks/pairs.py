@@ -246,8 +246,9 @@ def _pair(record: Any, place: str) -> Pair:
     number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
     if confidence is not None and not (number and 0 <= confidence <= 1):
         raise ValueError(f"{place}: 'confidence' must be a number from 0 to 1, got {confidence!r}")
-    source = str(record.get("source") or "")
-    return Pair(record["prompt"], record["chosen"], record["rejected"], confidence, source)
+    source = record.get("source")
+    named = source if isinstance(source, str) else ""  # other tools keep other things under this name
+    return Pair(record["prompt"], record["chosen"], record["rejected"], confidence, named)
 
 
 def _styled(record: Any, place: str) -> Styled:

@@ -19,7 +19,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def write_json(path: Path, module: str, figures: dict[str, Any]) -> None:
     """Write the figures with what they were measured with."""
-    record = {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), **environment(), **figures}
+    write_record(path, {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), **environment(), **figures})
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write it as it is, as one that was read and has changed."""
     text = json.dumps(record, indent=1)
     text = re.sub(
         r"\[\n[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text

@@ -16,7 +16,7 @@ from benchmarks.sweep import IMITATION, Run
 Column = Callable[[Figures], float | None]  # what a run shows in a column of the table
 # Mean and standard deviation over the seeds, None where there is one seed only; None where no run has a value.
 Cell = tuple[float, float | None] | None
-SHARES = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # columns shown in percent
+IN_PERCENT = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # how these columns begin
 
 
 def of(*path: str) -> Column:
@@ -78,7 +78,7 @@ def shown(column: str, found: Cell) -> str:
     if found is None:
         return ""
     mean, std = found
-    share = column.startswith(SHARES)
+    share = column.startswith(IN_PERCENT)
     text = f"{100 * mean:{'+' * column.startswith('over ')}.1f}" if share else f"{mean:.3g}"
     return text if std is None else f"{text} ({100 * std:.1f})" if share else f"{text} ({std:.2g})"
 
@@ -86,11 +86,12 @@ def shown(column: str, found: Cell) -> str:
 def dots(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:
     """A row a treatment: a dot a seed, a bar at their mean; and a line through the baseline's mean."""
     found = {name: values(runs, name, column) for name in treatments(runs)}
-    found = {name: of_seeds for name, of_seeds in found.items() if len(of_seeds)}
     for row, of_seeds in enumerate(found.values()):
         axes.plot(of_seeds, [row] * len(of_seeds), "o", color="C0", alpha=0.5, markersize=5)
-        axes.plot([of_seeds.mean()] * 2, [row - 0.3, row + 0.3], color="C0")
-    axes.axvline(found[baseline].mean().item(), color="grey", linewidth=0.8, linestyle=":")
+        if len(of_seeds):
+            axes.plot([of_seeds.mean()] * 2, [row - 0.3, row + 0.3], color="C0")
+    if len(found[baseline]):
+        axes.axvline(found[baseline].mean().item(), color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -10,7 +10,6 @@ it was. `--redraw` makes table and picture anew from the JSON.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin
 from benchmarks.experiment import Figures, Treatment
-from benchmarks.record import RESULTS, write_json, write_picture
-from benchmarks.report import Column, dots, line, mean_curve, of, print_table, tabulate, values
+from benchmarks.record import RESULTS, write_json, write_picture, write_record
+from benchmarks.report import Column, dots, line, mean_curve, of, print_table, tabulate, treatments, values
 from benchmarks.sweep import BANDS, IMITATION, Run, Settings, cores, in_band, load, sweep
 
 matplotlib.use("Agg")  # no screen needed
@@ -112,11 +111,11 @@ def draw_ablation(figure: Figure, runs: list[Run]) -> None:
     """Held-out pairs, and the weight on misranked ones."""
     pairs, weights = figure.subplots(1, 2, sharey=True)
     dots(pairs, runs, of("held out"), "held-out pairs ranked right", PAPER)
-    shown_in_training = [run for run in runs if run.treatment != IMITATION]
     for ranked, color in (("correct", "C2"), ("misranked", "C3")):
-        for row, name in enumerate(dict.fromkeys(run.treatment for run in runs)):
-            found = values(shown_in_training, name, of(f"weight {ranked}"))
-            weights.plot(found, [row] * len(found), "o", color=color, alpha=0.6, label="" if row > 1 else ranked)
+        for row, name in enumerate(treatments(runs)):
+            found = values(runs, name, of(f"weight {ranked}"))
+            label = ranked if name == PAPER else None
+            weights.plot(found, [row] * len(found), "o", color=color, alpha=0.6, label=label)
     weights.set_xlabel("mean gradient weight in training")
     weights.legend(fontsize=8)
 
@@ -176,7 +175,7 @@ def norm(ranked: str, only_at: int | None = None) -> Column:
     return average
 
 
-def share(case: str, of_what: str) -> Column:
+def case_share(case: str, of_what: str) -> Column:
     """Of all pairs, or of the gradient weight spent, over training."""
 
     def average(figures: Figures) -> float | None:
@@ -194,7 +193,7 @@ FLOW_COLUMNS: dict[str, Column] = {
     "first step: norm misranked": norm("misranked", only_at=0),
     "norm correct": norm("correct"),
     "norm misranked": norm("misranked"),
-    **{f"share of weight: {case}": share(case, "spent") for case in CASES},
+    **{f"share of weight: {case}": case_share(case, "spent") for case in CASES},
 }
 
 
@@ -209,11 +208,12 @@ def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
         norms.plot(steps, found, style, color=f"C{number}")
     weights.set(xlabel="step", ylabel="mean gradient weight", title="misranked (solid), correct (dashed)")
     norms.set(xlabel="step", ylabel="norm of the parameters' gradient", title="what these pairs contribute")
-    weights.legend(fontsize=8)
+    weights.set_ylim(0, 1.02)
+    weights.legend(fontsize=8, loc="lower left", ncol=2)
     for axes, of_what, title in ((pairs, "share", "pairs in training"), (spent, "spent", "gradient weight spent")):
         left = torch.zeros(len(FLOW), dtype=torch.float64)
         for (case, effect), color in zip(CASES.items(), ("C2", "C1", "C3", "C7")):
-            width = torch.stack([values(runs, name, share(case, of_what)).mean() for name in FLOW])
+            width = torch.stack([values(runs, name, case_share(case, of_what)).mean() for name in FLOW])
             axes.barh(list(FLOW), width.tolist(), left=left.tolist(), color=color, label=f"{case}: {effect}")
             left = left + width
         axes.invert_yaxis()
@@ -248,7 +248,8 @@ def draw_composition(figure: Figure, runs: list[Run]) -> None:
         (weights, "mean gradient weight"),
     ):
         axes.set(xlabel="misranked by the checkpoint, of every batch", ylabel=label)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.4)
+    weights.set_ylim(0, 1.02)
 
 
 # 6. Perplexity.
@@ -314,12 +315,17 @@ ESTIMATIONS = ESTIMATES | {
 }
 
 
+def estimation_error(figures: Figures) -> float | None:
+    """Of the gradient weights; None where nothing was estimated: the oracle, and a loss without statistics."""
+    return of("gradient error")(figures) or None
+
+
 def draw_estimators(figure: Figure, runs: list[Run]) -> None:
     """Accuracy and error of the gradient weights."""
     accuracy, error = figure.subplots(1, 2, sharey=True)
     trained = [run for run in runs if run.treatment != IMITATION]
     dots(accuracy, trained, of("held out"), "held-out pairs ranked right", ORACLE)
-    dots(error, trained, of("gradient error"), "error of the gradient weights, relative", ORACLE)
+    dots(error, trained, estimation_error, "error of the gradient weights, relative", ORACLE)
     error.invert_yaxis()  # shared, and turned once already
 
 
@@ -391,7 +397,7 @@ STUDIES = {
         "Which estimate from small batches comes nearest to the oracle margin?",
         ESTIMATIONS,
         ORACLE,
-        HELD_OUT | {"gradient error": of("gradient error")} | WEIGHTS,
+        HELD_OUT | {"gradient error": estimation_error} | WEIGHTS,
         draw_estimators,
     ),
     "beta": Study(
@@ -462,7 +468,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core, one on a GPU)")
     parser.add_argument("--store", type=Path, default=Path("build/studies"), help="where finished runs are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and pictures")
+    parser.add_argument("--out", type=Path, help="folder for JSON and pictures (default: in benchmarks/results)")
     parser.add_argument("--redraw", action="store_true", help="only make table and picture anew from the JSON")
     args = parser.parse_args(arguments)
     if (args.data is None) != (args.eval is None):
@@ -481,6 +487,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {chosen[name]}")
     seeds = chosen.pop("seeds")
     settings = Settings(args.data, args.eval, tuple(args.rm_bench), args.model, **chosen)
+    args.out = args.out or RESULTS / ("studies_own" if args.data else "studies")
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else cores())
     return args, settings, seeds
 
@@ -507,7 +514,7 @@ def main() -> None:
 
 def run(console: Console, name: str, settings: Settings, seeds: int, args: argparse.Namespace, path: Path) -> None:
     """All runs of a study, into its JSON."""
-    study, started = STUDIES[name], time.perf_counter()
+    study = STUDIES[name]
     console.print(f"{name}: {study.asks} {len(study.treatments)} treatments, {seeds} seeds")
     data = load(settings)
     for texts, cut in data.cut.items():
@@ -527,19 +534,20 @@ def run(console: Console, name: str, settings: Settings, seeds: int, args: argpa
             band: len(in_band(data.corpus.held_out, ends)) for band, ends in BANDS.items()
         },
         "texts cut": data.cut,
-        "seconds": round(time.perf_counter() - started),
         "treatments": {each: asdict(treatment) for each, treatment in study.treatments.items()},
-        "table, mean and standard deviation over the seeds": tabulate(runs, study.columns, study.baseline),
         "runs": [each._asdict() for each in runs],
     }
     write_json(path, "benchmarks.studies", record)
 
 
 def report(console: Console, name: str, path: Path) -> None:
-    """The table and the picture of a study's JSON."""
-    study = STUDIES[name]
-    runs = [Run(**each) for each in json.loads(path.read_text())["runs"]]
-    print_table(console, study.asks, tabulate(runs, study.columns, study.baseline))
+    """The table of a study's JSON, also into it, and the picture."""
+    study, record = STUDIES[name], json.loads(path.read_text())
+    runs = [Run(**each) for each in record.pop("runs")]
+    table = tabulate(runs, study.columns, study.baseline)
+    print_table(console, study.asks, table)
+    entries = {"table, mean and standard deviation over the seeds": table, "runs": [each._asdict() for each in runs]}
+    write_record(path, record | entries)
     if remark := study.remark(runs):
         console.print(remark)
     figure = plt.figure(figsize=(11, 6.5 if study.keeps_curves else 4.2))

@@ -27,6 +27,7 @@ from benchmarks.pairs import STYLES, Corpus, Pair, both_answers, file_corpus, ge
 from benchmarks.record import write_whole
 
 IMITATION = "imitation alone"
+Answers = tuple[Tensor, Tensor]  # summed log-probs and lengths of some answers, [N] each
 BANDS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.01)}  # of the judge's confidence
 
 
@@ -91,11 +92,12 @@ def sweep(
                 futures = {}
                 for name, treatment, seed in work:
                     path = store / f"{key(settings, treatment, seed, device)}.json"
+                    checkpoint = store / f"{key(settings, None, seed, device)}.pt"
                     if path.exists():
                         found[name, seed] = json.loads(path.read_text())
                         progress.advance(bar)
                     else:
-                        futures[pool.submit(perform, settings, treatment, seed, store, device)] = name, seed
+                        futures[pool.submit(perform, settings, treatment, seed, device, path, checkpoint)] = name, seed
                 for future in as_completed(futures):
                     found[futures[future]] = future.result()
                     progress.advance(bar)
@@ -104,18 +106,19 @@ def sweep(
     return [Run(name, seed, found[name, seed]) for name, _, seed in [*checkpoints, *runs]]
 
 
-def perform(settings: Settings, treatment: Treatment | None, seed: int, store: Path, device: str) -> Figures:
-    """One run, or with no treatment the checkpoint that all runs of a seed start from; kept in the store."""
+def perform(
+    settings: Settings, treatment: Treatment | None, seed: int, device: str, path: Path, checkpoint: Path
+) -> Figures:
+    """One run, or with no treatment the checkpoint that all runs of a seed start from; kept in these files."""
     data = load(settings)
-    path = store / f"{key(settings, treatment, seed, device)}.json"
     if treatment is None:
         kept = make_checkpoint(settings, data, seed, device)
         buffer = BytesIO()
         torch.save(kept, buffer)
-        write_whole(path.with_suffix(".pt"), buffer.getvalue())
+        write_whole(checkpoint, buffer.getvalue())
         figures = evaluate(Treatment(), data, kept["logps"], kept["logps"])
     else:
-        kept = torch.load(store / f"{key(settings, None, seed, device)}.pt", weights_only=True)
+        kept = torch.load(checkpoint, weights_only=True)
         model = new_model(settings, seed, device)
         if kept["state"] is not None:
             model.load_state_dict(kept["state"])
@@ -126,9 +129,6 @@ def perform(settings: Settings, treatment: Treatment | None, seed: int, store: P
         figures = evaluate(treatment, data, log_probs(model, data), kept["logps"]) | curves(trace)
     write_whole(path, json.dumps(figures).encode())
     return figures
-
-
-Answers = tuple[Tensor, Tensor]  # summed log-probs and lengths of some answers, [N] each
 
 
 def make_checkpoint(settings: Settings, data: Data, seed: int, device: str) -> dict[str, Any]:
