@@ -3,6 +3,7 @@
 Everything here is a function of its arguments: the same seed gives the same figures, on one thread bit by bit.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -241,8 +242,8 @@ def gradient_norms(model: nn.Module, losses: Tensor, ranking: Tensor) -> tuple[f
 def flipped(texts: Texts, ref: tuple[Tensor, Tensor], share: float, seed: int) -> tuple[Texts, tuple[Tensor, Tensor]]:
     """The answers of a share of the pairs swapped, the same ones for the same seed."""
     pairs = len(texts.tokens) // 2
-    generator = torch.Generator().manual_seed(seed)
-    swapped = torch.randperm(pairs, generator=generator)[: round(share * pairs)]
+    # Not the generator of the batches: by the same permutation, the first of them would be the flipped pairs alone.
+    swapped = torch.tensor(random.Random(seed).sample(range(pairs), round(share * pairs)), dtype=torch.int64)
     order = torch.arange(2 * pairs)
     order[swapped], order[swapped + pairs] = swapped + pairs, swapped
     return Texts(texts.tokens[order], texts.labels[order]), (ref[0][order], ref[1][order])

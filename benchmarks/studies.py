@@ -89,7 +89,7 @@ def draw_ranking(figure: Figure, runs: list[Run]) -> None:
         if all(map(len, found)):
             styles.plot([of_seeds.mean().item() for of_seeds in found], "o-", label=name)
     styles.set_xticks(range(len(RM_BENCH)), ["easy", "normal", "hard"])
-    styles.set(title="RM-Bench", ylabel="chosen outscores rejected")
+    styles.set(title="RM-Bench: style of the chosen against the rejected", ylabel="chosen outscores rejected")
     if styles.lines:
         styles.legend(fontsize=8)
 

@@ -139,6 +139,7 @@ def test_correlations_of_ranks() -> None:
     assert spearman(torch.tensor([1.0, 1, 2]), torch.tensor([0.0, 1, 1])) == pytest.approx(
         0.5
     )  # ranks 1.5 1.5 3, 1 2.5 2.5
+    assert spearman(torch.tensor([1.0, 1, 2, 3]), x) == pytest.approx(4.5 / 22.5**0.5)  # ranks 1.5 1.5 3 4
     assert spearman(x, torch.ones(4)) is None
     pairs = [
         Pair("", "", "", 0.9, "b"),
@@ -174,8 +175,19 @@ def test_labels_are_flipped_for_a_share() -> None:
     swapped = as_pairs(*other_ref).chosen == as_pairs(*ref).rejected
     assert swapped.sum() == 16
     assert torch.equal(as_pairs(*other_ref).rejected[swapped], as_pairs(*ref).chosen[swapped])
+    first_half = shuffled_batches(64, 8, 4, seed=1).flatten()
+    assert 0 < swapped[first_half].sum() < 16  # spread over training, whatever the seed has in common
     again = all_logps(model, other)
     torch.testing.assert_close(again, other_ref)
+
+
+def test_flipped_labels_are_learned() -> None:
+    first = {}
+    for share in (0.0, 1.0):
+        model, texts, ref = small_experiment()
+        first[share] = prefer(model, Treatment("dpo", beta=0.1, flipped=share), texts, ref, Optimization(1, 8, 1e-3))
+    torch.testing.assert_close(first[1.0].ranking, -first[0.0].ranking)
+    torch.testing.assert_close(first[1.0].margins, -first[0.0].margins)  # the reference is flipped with them
 
 
 @pytest.mark.parametrize(
