@@ -108,6 +108,7 @@ def line(
         axes.errorbar(x, mean, [spread or 0 for spread in std], marker="o", capsize=3, label=label)
 
 
-def mean_curve(runs: list[Run], treatment: str, curve: str) -> Tensor:
-    """Over the seeds, a value a step."""
-    return torch.tensor([run.figures["curves"][curve] for run in runs if run.treatment == treatment]).mean(0)
+def curve(runs: list[Run], treatment: str, *names: str) -> Tensor:
+    """The sum of these curves over all seeds, a value a step."""
+    of_seeds = [run.figures["curves"] for run in runs if run.treatment == treatment]
+    return torch.tensor([curves[name] for curves in of_seeds for name in names]).sum(0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from amapo_loss import AdaptiveMargin
 from benchmarks.experiment import Figures, Treatment
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
-from benchmarks.report import Column, dots, line, mean_curve, of, print_table, tabulate, treatments, values
+from benchmarks.report import Column, curve, dots, line, of, print_table, tabulate, treatments, values
 from benchmarks.sweep import BANDS, IMITATION, Run, Settings, cores, in_band, load, sweep
 
 matplotlib.use("Agg")  # no screen needed
@@ -203,7 +203,9 @@ def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
     steps = sorted({step for run in runs for step, *_ in run.figures.get("probes", [])})
     for (number, name), (ranked, style) in product(enumerate(FLOW), (("misranked", "-"), ("correct", "--"))):
         label = name if ranked == "misranked" else None
-        weights.plot(mean_curve(runs, name, f"weight, {ranked}"), style, color=f"C{number}", label=label)
+        cases = [case for case in CASES if case.startswith(ranked)]
+        spent_by, pairs_of = (curve(runs, name, *(f"{what}, {case}" for case in cases)) for what in ("spent", "share"))
+        weights.plot(spent_by / pairs_of, style, color=f"C{number}", label=label)  # a gap where no seed has such a pair
         found = [values(runs, name, norm(ranked, only_at=step)).mean().item() for step in steps]
         norms.plot(steps, found, style, color=f"C{number}")
     weights.set(xlabel="step", ylabel="mean gradient weight", title="misranked (solid), correct (dashed)")

@@ -281,10 +281,10 @@ def style_figures(scores: Tensor, same: Tensor) -> Figures:
 def curves(trace: Trace) -> Figures:
     """Means over the pairs of every step; the four cases are (ranked right or not) by (margin above 0 or not)."""
     correct, raised = trace.ranking > 0, trace.margins > 0
-    weight_of = {"correct": correct, "misranked": ~correct}
+    ranked_as = {"correct": correct, "misranked": ~correct}
     cases = {
         f"{ranked}, {margin}": rows & where
-        for ranked, rows in weight_of.items()
+        for ranked, rows in ranked_as.items()
         for margin, where in {"margin": raised, "no margin": ~raised}.items()
     }
     return {
@@ -294,7 +294,6 @@ def curves(trace: Trace) -> Figures:
             "margin": rounded(trace.margins.mean(1)),
             "gradient error": rounded(trace.gradient_error),
         }
-        | {f"weight, {name}": rounded(means(trace.weights, rows)) for name, rows in weight_of.items()}
         | {f"share, {name}": rounded(rows.double().mean(1)) for name, rows in cases.items()}
         | {f"spent, {name}": rounded((trace.weights * rows).mean(1)) for name, rows in cases.items()},
         "gradient error": trace.gradient_error.double().mean().item(),
@@ -303,11 +302,6 @@ def curves(trace: Trace) -> Figures:
         "margin": trace.margins.double().mean().item(),
         "probes": trace.probes,
     }
-
-
-def means(values: Tensor, where: Tensor) -> Tensor:
-    """Of every row, over the columns where it holds; 0 where there is none."""
-    return (values * where).sum(1) / where.sum(1).clamp(min=1)
 
 
 def rounded(values: Tensor) -> list[float]:

@@ -38,6 +38,7 @@ from benchmarks.sweep import (
     correlations,
     curves,
     in_band,
+    new_model,
     same_answers,
     spearman,
     style_figures,
@@ -267,6 +268,13 @@ def test_each_loss_ranks_by_its_own_score() -> None:
     sums, lengths, ref = torch.tensor([-4.0, -9.0]), torch.tensor([2, 3]), torch.tensor([-1.0, -8.0])
     assert Treatment(beta=2.0).rewards(sums, lengths, ref).tolist() == [-4, -6]
     assert Treatment("dpo", beta=0.5).rewards(sums, lengths, ref).tolist() == [-1.5, -0.5]
+
+
+def test_a_seed_has_a_model_of_its_own() -> None:
+    _, settings, _ = studies.parse_args(["beta", "--scale", "smoke"])
+    first, again, other = (new_model(settings, seed, "cpu").state_dict()["head.weight"] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 # ---- tables
