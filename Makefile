@@ -20,22 +20,22 @@ lint: .venv/ready  ## style and types
 	$(RUN) mypy
 
 bench: .venv/ready  ## time the loss against the released trainer's arithmetic
-	$(RUN) benchmarks.latency $(ARGS)
+	$(RUN) benchmarks.speed.latency $(ARGS)
 
 head: .venv/ready  ## time, memory and precision of the language-model head, against peers
-	$(RUN) benchmarks.head $(ARGS)
+	$(RUN) benchmarks.speed.head $(ARGS)
 
 trainer: .venv/ready  ## a training step of AMaPOTrainer against one of DPOTrainer
-	$(RUN) benchmarks.trainer $(ARGS)
+	$(RUN) benchmarks.speed.trainer $(ARGS)
 
 estimators: .venv/ready  ## how far micro-batches are from the whole batch, with each estimate of its statistics
-	$(RUN) benchmarks.estimators $(ARGS)
+	$(RUN) benchmarks.studies.estimators $(ARGS)
 
 runs: .venv/ready  ## what the diagnostics look like in a healthy run and in failing ones
-	$(RUN) benchmarks.runs $(ARGS)
+	$(RUN) benchmarks.figures.runs $(ARGS)
 
 figures: .venv/ready  ## draw the README's picture of the two formulas
-	$(RUN) benchmarks.formulas $(ARGS)
+	$(RUN) benchmarks.figures.formulas $(ARGS)
 
 studies: .venv/ready  ## all eight studies of benchmarks/README.md; DATA=, EVAL= and RM_BENCH= take your own files
 	$(RUN) benchmarks.studies all $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
@@ -44,7 +44,7 @@ $(STUDIES): .venv/ready  ## one of them
 	$(RUN) benchmarks.studies $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
 
 gpu:  ## what only a GPU can show, into build/gpu, with the PyTorch that is installed
-	benchmarks/gpu.sh
+	benchmarks/speed/gpu.sh
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amapo_loss import reference
-from amapo_loss.pairs import Pairs
+from amapo_loss import _reference
+from amapo_loss._pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
 
 SUMMARY = (  # in the order in which the kernel stores them
@@ -73,10 +73,10 @@ class Diagnostics(NamedTuple):
     @property
     def gradient_weights(self) -> Tensor:
         r"""[B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair."""
-        return reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
+        return _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
 
     def _rewards(self) -> Tensor:
-        return reference.differences(self.pairs.computable(), self.beta)[1] if self.rewards is None else self.rewards
+        return _reference.differences(self.pairs.computable(), self.beta)[1] if self.rewards is None else self.rewards
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """The batch in 15 scalars, under TRL's names where TRL has one.

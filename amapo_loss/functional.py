@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from amapo_loss import checks, kernels, reference
+from amapo_loss import _checks, _reference, kernels
+from amapo_loss._pairs import Pairs
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.margin import AdaptiveMargin
-from amapo_loss.pairs import Pairs
 from amapo_loss.statistics import Estimator, ScoreStatistics, gathered, merged, moments
 
 Reduction = Literal["mean", "sum", "none"]
@@ -139,7 +139,7 @@ def dpo_loss(
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
     """
     _check_objective(beta, label_smoothing, reduction)
-    checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
+    _checks.floating("ref_chosen_logps", ref_chosen_logps)  # optional elsewhere, not here
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
     ).checked()
@@ -171,7 +171,7 @@ def simpo_loss(
     Source: arXiv 2405.14734, equation 6.
     """
     _check_objective(beta, label_smoothing, reduction)
-    checks.number("gamma", gamma)
+    _checks.number("gamma", gamma)
     pairs = Pairs(
         chosen_logps, rejected_logps, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
     ).checked()
@@ -189,20 +189,20 @@ def check_options(
 ) -> None:
     """Raise for options that `amapo_loss` does not accept, whatever the batch."""
     _check_objective(beta, label_smoothing, reduction)
-    checks.instance("margin", margin, AdaptiveMargin)
+    _checks.instance("margin", margin, AdaptiveMargin)
     if not (statistics is None or isinstance(statistics, ScoreStatistics) or callable(statistics)):
         raise TypeError(f"statistics must be ScoreStatistics or a callable estimator, got {type(statistics).__name__}")
     if process_group is not None:
-        checks.process_group("process_group", process_group)
-    checks.choice("backend", backend, Backend)
+        _checks.process_group("process_group", process_group)
+    _checks.choice("backend", backend, Backend)
     if backend == "triton" and (reason := kernels.unavailable_reason()):
         raise RuntimeError(f"backend='triton' cannot run: {reason}")
 
 
 def _check_objective(beta: float, label_smoothing: float, reduction: Reduction) -> None:
-    checks.number("beta", beta, above=0)
-    checks.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
-    checks.choice("reduction", reduction, Reduction)
+    _checks.number("beta", beta, above=0)
+    _checks.number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    _checks.choice("reduction", reduction, Reduction)
 
 
 def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
@@ -210,7 +210,7 @@ def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
     device = pairs.chosen_logps.device
     if backend == "torch" or (backend == "auto" and not (device.type == "cuda" and kernels.HAS_TRITON)):
         return False
-    exact = checks.computing_dtype(*pairs[:4]) == torch.float64
+    exact = _checks.computing_dtype(*pairs[:4]) == torch.float64
     if backend == "triton" and exact:
         raise ValueError("backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'")
     if backend == "triton" and device.type != ("cpu" if kernels.interpreted() else "cuda"):
@@ -220,9 +220,9 @@ def _runs_in_triton(backend: Backend, pairs: Pairs) -> bool:
 
 def _usable(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
     """Statistics from outside, checked and detached."""
-    checks.instance("statistics", statistics, ScoreStatistics)
+    _checks.instance("statistics", statistics, ScoreStatistics)
     for name in ("mean", "std"):
-        checks.scalar(f"statistics.{name}", getattr(statistics, name), device)
+        _checks.scalar(f"statistics.{name}", getattr(statistics, name), device)
     return ScoreStatistics(statistics.mean.detach(), statistics.std.detach(), statistics.count)
 
 
@@ -239,7 +239,7 @@ def _in_triton(
 
     rows = None if process_group is None else gathered(pair_loss.moments(pairs, beta), process_group)
     if not (statistics is None or isinstance(statistics, ScoreStatistics)):
-        _, (r, *_) = reference.differences(pairs.computable().detached(), beta)
+        _, (r, *_) = _reference.differences(pairs.computable().detached(), beta)
         statistics = _usable(statistics(r, process_group), r.device)
     loss, margins, summary, batch_statistics = pair_loss.pair_loss(
         pairs,
@@ -268,7 +268,7 @@ def _in_torch(
     reduction: Reduction,
 ) -> AMaPOOutput:
     pairs = pairs.computable()
-    d, rewards = reference.differences(pairs, beta)
+    d, rewards = _reference.differences(pairs, beta)
     r = rewards[0]
     rows = None if process_group is None else gathered(moments(r), process_group)
     if statistics is None:
@@ -278,9 +278,9 @@ def _in_torch(
         if not isinstance(statistics, ScoreStatistics):
             statistics = _usable(statistics(r, process_group), r.device)
         mu = statistics.mean + (0 * r).sum()  # NaN if a score is, as the batch's own would be
-    magnitude = reference.magnitude(pairs, rewards, beta)
-    h = reference.adaptive_margins(r, mu, statistics.std, magnitude, beta, margin)
-    losses = reference.pair_losses(d, h, beta, label_smoothing)
+    magnitude = _reference.magnitude(pairs, rewards, beta)
+    h = _reference.adaptive_margins(r, mu, statistics.std, magnitude, beta, margin)
+    losses = _reference.pair_losses(d, h, beta, label_smoothing)
     if rows is not None and reduction == "mean":
         loss = losses.sum() * (len(rows) / rows[:, 0].sum().clamp(min=1)).to(losses.dtype)
     else:
@@ -292,10 +292,10 @@ def _constant_margin(
     pairs: Pairs, gamma: float, beta: float, label_smoothing: float, reduction: Reduction
 ) -> AMaPOOutput:
     pairs = pairs.computable()
-    d, rewards = reference.differences(pairs, beta)
+    d, rewards = _reference.differences(pairs, beta)
     r = rewards[0]
     h = gamma + 0 * r  # NaN for a pair that is not finite, whose loss is NaN then
-    loss = _reduced(reference.pair_losses(d, h, beta, label_smoothing), reduction)
+    loss = _reduced(_reference.pair_losses(d, h, beta, label_smoothing), reduction)
     return AMaPOOutput(loss, Diagnostics(pairs.detached(), h, ScoreStatistics.of(r), beta, label_smoothing, rewards))
 
 

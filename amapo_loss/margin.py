@@ -1,6 +1,6 @@
 """Which adaptive margin to use: the two published formulas and their ablations, as one value.
 
-Knows nothing of tensors. `amapo_loss.reference` turns this choice into numbers.
+Knows nothing of tensors. `amapo_loss._reference` turns this choice into numbers.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The batch statistics behind the margin: of one batch, across ranks, over a window. Knows tensors and the checks."""
+"""The batch statistics behind the margin: of one batch, across ranks, over a window. Knows tensors and the _checks."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amapo_loss import checks
+from amapo_loss import _checks
 
 
 class ScoreStatistics(NamedTuple):
@@ -50,13 +50,13 @@ class ScoreStatistics(NamedTuple):
             >>> ScoreStatistics.of(torch.tensor([1.0, 2.0, 3.0]))
             ScoreStatistics(mean=tensor(2.), std=tensor(1.), count=tensor(3))
         """
-        checks.aligned({"scores": checks.floating("scores", scores)})
+        _checks.aligned({"scores": _checks.floating("scores", scores)})
         scores = scores.detach()
         if process_group is not None:
             return merged(gathered(moments(scores), process_group))
         n = scores.shape[0]
         count = torch.full((), n, device=scores.device)
-        scores = scores.to(checks.computing_dtype(scores))
+        scores = scores.to(_checks.computing_dtype(scores))
         if n == 0:
             return cls(scores.sum(), scores.sum(), count)
         # Welford's recurrence: equal scores deviate by exactly 0, as they need not from mean(). The larger n is, the
@@ -110,14 +110,14 @@ class ScoreWindow(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        checks.whole("size", size, at_least=1)
+        _checks.whole("size", size, at_least=1)
         self.register_buffer("scores", torch.zeros(size))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, scores: Tensor, process_group: dist.ProcessGroup | None = None) -> ScoreStatistics:
         """The statistics of these scores [B] and of those before them; remembers them in training mode."""
-        checks.aligned({"scores": checks.floating("scores", scores)})
+        _checks.aligned({"scores": _checks.floating("scores", scores)})
         if scores.device != self.scores.device:
             raise ValueError(f"scores is on {scores.device}, expected the device of the window, {self.scores.device}")
         size = len(self.scores)
@@ -171,7 +171,7 @@ def gathered(row: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """[ranks, k]: this [k] of every rank; the one collective of this package, and none without a group."""
     if process_group is None:
         return row[None]
-    checks.process_group("process_group", process_group)
+    _checks.process_group("process_group", process_group)
     rows = row.new_empty(dist.get_world_size(process_group) * len(row))
     try:
         dist.all_gather_into_tensor(rows, row, group=process_group)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amapo_loss import checks
+from amapo_loss import _checks
 from amapo_loss.functional import amapo_loss
 from amapo_loss.margin import AdaptiveMargin, Formula, Scaling
 from amapo_loss.statistics import ScoreWindow
@@ -84,11 +84,11 @@ class AMaPOConfig(DPOConfig):
             if value != default:
                 why = "of DPO's other losses" if name in OF_OTHER_LOSSES else "of a reference, and reference_free is on"
                 raise ValueError(f"{name} is {why}: leave it at {default!r}, got {value!r}")
-        checks.number("beta", self.beta, above=0)
-        checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
-        checks.number("sft_weight", self.sft_weight, at_least=0)
+        _checks.number("beta", self.beta, above=0)
+        _checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
+        _checks.number("sft_weight", self.sft_weight, at_least=0)
         if self.statistics_window is not None:
-            checks.whole("statistics_window", self.statistics_window, at_least=1)
+            _checks.whole("statistics_window", self.statistics_window, at_least=1)
         _ = self.margin  # raises for what is none
 
     @property

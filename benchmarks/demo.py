@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from amapo_loss import AdaptiveMargin
-from benchmarks.experiment import Logps, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
-from benchmarks.models import ByteLM, tensors
-from benchmarks.pairs import SLIP_RATES, Pair, both_answers, file_corpus, generated_corpus
 from benchmarks.record import RESULTS, write_json, write_picture
+from benchmarks.studies.data import SLIP_RATES, Pair, both_answers, file_corpus, generated_corpus
+from benchmarks.studies.harness import Logps, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
+from benchmarks.studies.models import ByteLM, tensors
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt

@@ -1,7 +1,7 @@
 r"""The AMaPO loss of a batch as one kernel launch, with its gradient and everything that a trainer logs of it.
 
 Up to `ONE_LAUNCH` pairs one program sees the whole batch. Beyond, a first launch takes the statistics and a second one
-the loss. Read from the top: the mathematics in the order and the symbols of `amapo_loss.reference`, the kernels that
+the loss. Read from the top: the mathematics in the order and the symbols of `amapo_loss._reference`, the kernels that
 put it together, their launch, the operator that PyTorch knows, and the function that `amapo_loss` calls. Knows torch
 and Triton, nothing else of the package.
 
@@ -125,7 +125,7 @@ def _statistics(STATISTICS, p, sum1, sum2, n, RANKS: tl.constexpr):
 @triton.jit
 def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
                       PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
-    """The margins h; line by line `amapo_loss.reference.adaptive_margins`, which says why."""
+    """The margins h; line by line `amapo_loss._reference.adaptive_margins`, which says why."""
     sigma = tl.where(sigma <= magnitude * (8 * EPS), INF, sigma)
     below = (mu - r.to(tl.float64)).to(tl.float32)
     mu = mu.to(tl.float32)

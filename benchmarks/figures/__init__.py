@@ -1,0 +1,1 @@
+"""Pictures of the formulas and of runs."""

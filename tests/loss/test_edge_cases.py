@@ -1,0 +1,266 @@
+"""The cases where a loss of this kind breaks: each row of the table of edge cases, over every margin."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from amapo_loss import (
+    AdaptiveMargin,
+    AMaPOOutput,
+    ScoreStatistics,
+    _reference,
+    amapo_loss,
+    dpo_loss,
+    simpo_loss,
+)
+from tests.support.backends import OnBackend, every_backend, on_gpu, triton_loss, two_launches
+from tests.support.generators import (
+    LOSSES,
+    MARGINS,
+    NO_MARGIN,
+    every_loss,
+    every_margin,
+    random_logps,
+    statistics,
+)
+
+
+@every_backend
+@every_margin
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_pair_is_simpo_with_gamma_0(loss_fn: OnBackend, margin: AdaptiveMargin, reduction: Any) -> None:
+    chosen, rejected = random_logps(1)
+    loss, diagnostics = loss_fn(chosen, rejected, margin=margin, reduction=reduction)
+    torch.testing.assert_close(loss, simpo_loss(chosen, rejected, gamma=0.0, reduction=reduction).loss)
+    assert diagnostics.margins.tolist() == [0.0]
+    assert diagnostics.statistics.std == 0
+    assert diagnostics.statistics.count == 1
+
+
+@every_backend
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(2, 500), st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.sampled_from([0.01, 0.3, 2.0, 7.0]),
+    st.sampled_from(MARGINS), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_equal_scores_have_no_margins(
+    loss_fn: OnBackend, n: int, chosen: float, rejected: float, beta: float, margin: AdaptiveMargin, dtype: torch.dtype
+) -> None:
+    if loss_fn.backend == "triton" and dtype == torch.float64:
+        dtype = torch.float16
+    pairs = (torch.full((n,), chosen, dtype=dtype), torch.full((n,), rejected, dtype=dtype))
+    assert not loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins.any()
+
+
+@every_backend
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 500), st.integers(0, 2**31), st.floats(-30, 30), st.sampled_from(MARGINS), st.booleans())
+def test_scores_equal_up_to_rounding_have_no_margins(
+    loss_fn: OnBackend, n: int, seed: int, difference: float, margin: AdaptiveMargin, with_ref: bool
+) -> None:
+    """Log-probs of all sizes whose difference would be the same, had they not been rounded to float32."""
+    rng = np.random.default_rng(seed)
+    rejected = rng.uniform(-900, -100, n)
+    refs = (rejected + 3.0, rejected) if with_ref else ()  # the policy's and the reference's differences cancel
+    batch = [torch.tensor(x, dtype=torch.float32) for x in (rejected + difference, rejected, *refs)]
+    assert not loss_fn(*batch, margin=margin).diagnostics.margins.any()
+
+
+@every_backend
+@settings(deadline=None)
+@given(st.floats(-2.0, 2.0).filter(lambda x: abs(x) > 0.01), st.integers(0, 50))
+def test_pairs_at_the_mean_have_no_margin(loss_fn: OnBackend, offset: float, extra: int) -> None:
+    """Scores that lie symmetrically around one that is the mean, which no rounding of a sum can tell from it."""
+    steps = torch.cat([torch.zeros(1), *(torch.tensor([-k, k]) / 7 for k in range(1, extra + 2))])
+    margins = loss_fn(steps + offset, torch.zeros(len(steps))).diagnostics.margins
+    assert margins[0] == 0
+    assert torch.count_nonzero(margins) == extra + 1
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 2.0, 1e2])
+@pytest.mark.parametrize("formula", ["paper", "released"])
+def test_the_exponent_cap_leaves_the_gradient_alone(beta: float, formula: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, rejected = random_logps(512)
+    chosen = chosen + 3  # a mean that the released exponent, without beta, makes overflow, too
+    scale = 1e4 / beta / (chosen - rejected).abs().max().item()
+    inputs = [(x.detach() * scale).requires_grad_() for x in (chosen, rejected)]
+    margin = AdaptiveMargin(formula=formula)
+
+    def run() -> tuple[AMaPOOutput, tuple[torch.Tensor, ...]]:
+        output = amapo_loss(*inputs, beta=beta, margin=margin, reduction="sum")
+        return output, torch.autograd.grad(output.loss, inputs)
+
+    capped, capped_gradients = run()
+    monkeypatch.setattr(_reference, "MAX_EXPONENT", math.inf)
+    uncapped, uncapped_gradients = run()
+    assert capped.diagnostics.margins.max() == torch.tensor(beta) * torch.tensor(60.0).exp()  # the cap was reached
+    assert capped.loss.isfinite()
+    assert not uncapped.loss.isfinite()
+    for got, expected in zip(capped_gradients, uncapped_gradients):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("loss_fn", [pytest.param(triton_loss, marks=on_gpu), pytest.param(two_launches, marks=on_gpu)])
+def test_the_kernel_has_the_same_cap(loss_fn: OnBackend) -> None:
+    inputs = [x.detach() * 1e3 for x in random_logps(64)]
+    expected = amapo_loss(*inputs).diagnostics.margins
+    assert expected.max() == 2 * torch.tensor(60.0).exp()
+    torch.testing.assert_close(loss_fn(*inputs).diagnostics.margins, expected, rtol=1e-3, atol=0)
+
+
+def test_a_million_capped_losses_add_up() -> None:
+    margins = torch.full((1_000_000,), 100.0) * torch.tensor(_reference.MAX_EXPONENT).exp()
+    losses = _reference.pair_losses(torch.full_like(margins, -1e2), margins, 100.0, 0.0)
+    assert losses.sum().isfinite()
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_empty_batch_backpropagates(loss_fn: Any, reduction: Any) -> None:
+    chosen, rejected = random_logps(0)
+    loss, diagnostics = loss_fn(chosen, rejected, reduction=reduction)
+    assert loss.sum() == 0
+    loss.sum().backward()
+    for x in (chosen, rejected):
+        assert x.grad is not None
+        assert x.grad.shape == (0,)
+    summary = diagnostics.summary()
+    for name in summary.keys() - {"amapo/score_mean", "amapo/score_std"}:
+        assert summary[name] == 0, name
+
+
+@every_loss
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_nonfinite_log_prob_makes_the_loss_nan(loss_fn: Any, bad: float, side: int) -> None:
+    inputs = random_logps(6)
+    with torch.no_grad():
+        inputs[side][2] = bad
+    loss, diagnostics = loss_fn(*inputs)
+    assert loss.isnan()
+    assert diagnostics.summary()["amapo/nonfinite"] == 1
+
+
+@every_backend
+@every_margin
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(
+    loss_fn: OnBackend, margin: AdaptiveMargin, bad: float, n: int
+) -> None:
+    chosen, rejected = random_logps(n)
+    with torch.no_grad():
+        chosen[n // 2] = bad
+    for given_statistics in (None, statistics(0.3, 1.0), statistics(-0.3, 1.0)):
+        loss, diagnostics = loss_fn(chosen, rejected, margin=margin, statistics=given_statistics, reduction="none")
+        assert loss.isnan().all()
+        assert diagnostics.summary()["amapo/margin_max"].isnan()
+    ref = (torch.zeros(n).index_fill(0, torch.tensor(n // 2), bad), torch.zeros(n))
+    chosen, rejected = random_logps(n)
+    assert loss_fn(chosen, rejected, *ref, margin=margin).loss.isnan()
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(loss_fn: Any, dtype: torch.dtype) -> None:
+    half = [x.detach().to(dtype).requires_grad_() for x in random_logps(33)]
+    single = [x.detach().float().requires_grad_() for x in half]
+    output, expected = loss_fn(*half), loss_fn(*single)
+    assert output.loss.dtype == torch.float32
+    assert torch.equal(output.loss, expected.loss)
+    output.loss.backward()
+    expected.loss.backward()
+    for x, y in zip(half, single):
+        assert x.grad is not None
+        assert y.grad is not None
+        assert x.grad.dtype == dtype
+        assert torch.equal(x.grad, y.grad.to(dtype))
+
+
+@every_loss
+def test_autocast_changes_nothing(loss_fn: Any) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.detach().to(dtype) for x in random_logps(33)]
+        plain = loss_fn(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = loss_fn(*inputs)
+        assert cast.loss.dtype == torch.float32
+        assert torch.equal(cast.loss, plain.loss)
+        assert torch.equal(cast.diagnostics.margins, plain.diagnostics.margins)
+
+
+def test_mixed_dtypes_are_computed_in_the_widest() -> None:
+    chosen, rejected = random_logps(5)
+    loss, diagnostics = amapo_loss(chosen.double(), rejected.bfloat16())
+    assert loss.dtype == diagnostics.margins.dtype == torch.float64
+
+
+@pytest.mark.parametrize("loss_fn", [loss_fn for loss_fn in LOSSES.values() if not isinstance(loss_fn, OnBackend)])
+def test_float64_stays_float64(loss_fn: Any) -> None:
+    loss, diagnostics = loss_fn(*(x.double() for x in random_logps(5)))
+    assert loss.dtype == torch.float64
+    tensors = [diagnostics.margins, diagnostics.scores, diagnostics.gradient_weights, diagnostics.chosen_rewards]
+    assert {x.dtype for x in tensors} == {torch.float64}
+
+
+# The adaptive margin is a constant to autograd, but not to finite differences: they need one that is fixed.
+CONSTANT_MARGINS: dict[str, Any] = {
+    "amapo": lambda *x, **o: amapo_loss(*x, statistics=NO_MARGIN, **o).loss,
+    "simpo": lambda *x, **o: simpo_loss(*x, gamma=0.7, **o).loss,
+    "dpo": lambda *x, **o: dpo_loss(*x, *torch.zeros(2, 5, dtype=torch.float64), **o).loss,
+}
+
+
+@pytest.mark.parametrize("loss_fn", CONSTANT_MARGINS.values(), ids=CONSTANT_MARGINS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_gradients_of_both_orders(loss_fn: Any, reduction: Any, label_smoothing: float) -> None:
+    inputs = [x.detach().double().requires_grad_() for x in random_logps(5)]
+
+    def loss(*x: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = loss_fn(*x, reduction=reduction, label_smoothing=label_smoothing)
+        return value
+
+    assert gradcheck(loss, inputs)
+    assert gradgradcheck(loss, inputs)
+
+
+@every_margin
+def test_second_derivative_is_that_of_the_objective(margin: AdaptiveMargin) -> None:
+    chosen, rejected = (x.detach().double().requires_grad_() for x in random_logps(9))
+    loss, diagnostics = amapo_loss(chosen, rejected, beta=2.0, margin=margin, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, chosen, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), chosen)
+    w = diagnostics.gradient_weights
+    torch.testing.assert_close(second, 4 * w * (1 - w))
+
+
+@every_backend
+def test_a_length_of_zero_counts_as_one(loss_fn: OnBackend) -> None:
+    chosen, rejected = random_logps(4)
+    lengths = torch.tensor([0, 1, 2, 3])
+    with_zero = loss_fn(chosen, rejected, chosen_lengths=lengths, rejected_lengths=lengths)
+    with_one = loss_fn(chosen, rejected, chosen_lengths=lengths.clamp(min=1), rejected_lengths=lengths.clamp(min=1))
+    assert torch.equal(with_zero.loss, with_one.loss)
+
+
+def test_statistics_of_another_dtype_are_converted() -> None:
+    inputs = [x.double() for x in random_logps(6)]
+    singles = statistics(0.5, 1.0)
+    doubles = ScoreStatistics(singles.mean.double(), singles.std.double(), singles.count)
+    losses = [amapo_loss(*inputs, statistics=given_statistics).loss for given_statistics in (singles, doubles)]
+    assert torch.equal(*losses)
+
+
+@every_backend
+def test_no_gradient_reaches_the_lengths(loss_fn: OnBackend) -> None:
+    lengths = torch.full((4,), 2.0, requires_grad=True)
+    loss = loss_fn(*random_logps(4), chosen_lengths=lengths, rejected_lengths=lengths).loss
+    (gradient,) = torch.autograd.grad(loss, lengths, allow_unused=True)
+    assert gradient is None

@@ -1,0 +1,77 @@
+"""`AMaPOLoss` in the place of the DPO losses people have."""
+
+import inspect
+
+import torch
+
+from amapo_loss import AdaptiveMargin, AMaPOLoss, amapo_loss
+from tests.support.generators import random_logps, statistics
+
+
+def test_called_as_openrlhf_calls_its_dpo_loss() -> None:
+    """loss, chosen_reward, reject_reward = loss_fn(chosen, rejected, reference_chosen, reference_rejected)"""
+    policy, ref = random_logps(6), random_logps(6, seed=1)
+    loss_fn = AMaPOLoss(0.1, label_smoothing=0.05)
+    loss, chosen_reward, rejected_reward = loss_fn(policy[0], policy[1], ref[0], ref[1])
+    expected = amapo_loss(policy[0], policy[1], ref[0], ref[1], beta=0.1, label_smoothing=0.05)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(chosen_reward, expected.diagnostics.chosen_rewards)
+    assert torch.equal(rejected_reward, expected.diagnostics.rejected_rewards)
+    loss.backward()
+    assert policy[0].grad is not None
+
+
+def test_called_as_torchtunes_recipes_call_their_loss() -> None:
+    """loss, chosen_rewards, rejected_rewards = loss_fn(four log-probs); loss = loss.mean(); of torchtune 0.6."""
+    policy, ref = random_logps(6), random_logps(6, seed=1)
+    expected = amapo_loss(*policy, *ref, beta=0.1)
+    for reduction in ("mean", "none"):
+        loss, chosen_rewards, rejected_rewards = AMaPOLoss(beta=0.1, reduction=reduction)(*policy, *ref)
+        torch.testing.assert_close(loss.mean(), expected.loss)
+        assert torch.equal(chosen_rewards > rejected_rewards, expected.diagnostics.scores > 0)
+
+
+def test_called_by_keyword_with_lengths() -> None:
+    chosen, rejected = random_logps(6)
+    lengths = {"chosen_lengths": torch.arange(1, 7), "rejected_lengths": torch.arange(2, 8)}
+    loss, *_ = AMaPOLoss()(policy_chosen_logps=chosen, policy_rejected_logps=rejected, **lengths)
+    assert torch.equal(loss, amapo_loss(chosen, rejected, **lengths).loss)
+
+
+def test_takes_every_option_of_the_function() -> None:
+    tensors = [
+        "chosen_logps",
+        "rejected_logps",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        "chosen_lengths",
+        "rejected_lengths",
+    ]
+    function = inspect.signature(amapo_loss).parameters
+    module = inspect.signature(AMaPOLoss).parameters
+    assert list(module) == [name for name in function if name not in tensors]
+    assert {name: module[name].default for name in module} == {name: function[name].default for name in module}
+
+
+def test_passes_every_option_on() -> None:
+    inputs = random_logps(6)
+    options = {
+        "beta": 1.5, "label_smoothing": 0.1, "margin": AdaptiveMargin("released", scaling="linear"),
+        "statistics": statistics(0.2, 1.3), "reduction": "none", "backend": "torch",
+    }  # fmt: skip
+    assert torch.equal(AMaPOLoss(**options)(*inputs)[0], amapo_loss(*inputs, **options).loss)
+
+
+def test_keeps_the_last_calls_diagnostics() -> None:
+    loss_fn = AMaPOLoss()
+    assert loss_fn.diagnostics is None
+    loss_fn(*random_logps(4))
+    loss_fn(*random_logps(6))
+    assert loss_fn.diagnostics is not None
+    assert loss_fn.diagnostics.scores.shape == (6,)
+
+
+def test_shows_its_options_and_has_no_state() -> None:
+    loss_fn = AMaPOLoss(beta=3.0)
+    assert "beta=3.0" in repr(loss_fn)
+    assert not loss_fn.state_dict()

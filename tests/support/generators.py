@@ -1,0 +1,107 @@
+"""Batches, options and margins that the tests draw from, and small helpers around them."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, amapo_loss, dpo_loss, simpo_loss
+from tests.support.backends import OnBackend, on_gpu, triton_loss, two_launches
+from tests.support.oracle import Array
+
+MARGINS = [
+    AdaptiveMargin(formula, normalize, scaling, clip)
+    for formula in ("paper", "released")
+    for normalize in (True, False)
+    for scaling in ("exp", "linear")
+    for clip in (True, False)
+]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Chosen and rejected log-probs: any size and scale, negative and positive means, ties, outliers."""
+    n = draw(st.one_of(st.integers(1, 9), st.integers(10, 3000)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = 10.0 ** draw(st.floats(-6, 4))
+    chosen = rng.normal(draw(st.floats(-3, 3)), 1, n)
+    rejected = rng.normal(0, draw(st.sampled_from([0.0, 1e-3, 1.0])), n) + draw(st.sampled_from([0.0, -100.0]))
+    shape = draw(st.sampled_from(["plain", "plain", "ties", "outlier", "equal differences"]))
+    if shape == "ties":
+        chosen, rejected = np.round(chosen * 2) / 2, np.round(rejected * 2) / 2
+    elif shape == "outlier":
+        chosen[rng.integers(n)] *= 1e3
+    elif shape == "equal differences":
+        chosen = rejected + 0.3
+    return chosen * scale, rejected * scale
+
+
+options = st.fixed_dictionaries(
+    {
+        "beta": st.sampled_from([0.01, 0.1, 1.0, 2.0, 3.0, 10.0]),
+        "label_smoothing": st.sampled_from([0.0, 0.0, 0.1, 0.49]),
+    }
+)
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16])
+
+
+def tensors(arrays: dict[str, Array | None], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(array).to(dtype) for name, array in arrays.items() if array is not None}
+
+
+def as_float64(given: dict[str, torch.Tensor]) -> dict[str, Array]:
+    """What the library really gets: the values after rounding to its dtype."""
+    return {name: tensor.double().numpy() for name, tensor in given.items()}
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    return 2.0**-52 if dtype == torch.float64 else 2.0**-23
+
+
+Options = dict[str, float]
+
+
+def logps(batch: tuple[Array, Array]) -> list[torch.Tensor]:
+    return [torch.tensor(values, dtype=torch.float32, requires_grad=True) for values in batch]
+
+
+def random_logps(n: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, generator=generator) - mean).requires_grad_() for mean in (1.0, 1.4)]
+
+
+def statistics(mean: float, std: float) -> ScoreStatistics:
+    return ScoreStatistics(torch.tensor(mean), torch.tensor(std), torch.tensor(100))
+
+
+NO_MARGIN = statistics(1.0, 0.0)  # no spread, so no margins
+
+
+def gradients(output: AMaPOOutput, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(output.loss.sum(), inputs)
+
+
+every_margin = pytest.mark.parametrize(
+    "margin", MARGINS, ids=lambda m: f"{m.formula}-{m.normalize}-{m.scaling}-{m.clip}"
+)
+LOSSES: dict[str, Any] = {
+    "amapo": amapo_loss,
+    "amapo in triton": triton_loss,
+    "amapo in two launches": two_launches,
+    "amapo, supplied statistics": lambda *x, **o: amapo_loss(*x, statistics=statistics(0.3, 1.0), **o),
+    "simpo": simpo_loss,
+    "dpo": lambda chosen, rejected, **o: dpo_loss(chosen, rejected, *torch.zeros(2, len(chosen)), **o),
+}
+every_loss = pytest.mark.parametrize(
+    "loss_fn",
+    [
+        pytest.param(loss_fn, id=name, marks=on_gpu if isinstance(loss_fn, OnBackend) else [])
+        for name, loss_fn in LOSSES.items()
+    ],
+)
+
+
+COMPILERS = ["aot_eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.which("clang++"))
