@@ -1,7 +1,18 @@
-"""AMaPO: preference optimization with a margin for every pair, adapted from the batch.
+"""AMaPO: preference optimization with a margin for each pair, adapted from the batch.
 
-The whole public surface. `amapo_loss.functional` is the place to start reading.
+The names in `__all__` and the module `amapo_loss.trl` are the public interface. To read the code, start with
+`amapo_loss.functional`.
 """
+
+from importlib.util import find_spec
+
+if find_spec("amapo_loss.kernels") is None:
+    # In a checkout, the kernels are beside this folder. Without this sentence, the imports below would fail with a
+    # message about a circular import.
+    raise ImportError(
+        f"amapo_loss was imported from a checkout that is not installed ({__path__[0]}): "
+        "run `pip install .` in the folder above it"
+    )
 
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.functional import AMaPOOutput, amapo_loss, dpo_loss, simpo_loss

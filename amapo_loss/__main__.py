@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from amapo_loss import AdaptiveMargin, __version__, amapo_loss
-from amapo_loss.functional import Backend
+from amapo_loss._checks import Backend
 from amapo_loss.kernels import interpreted, unavailable_reason
 
 SIZES = (1, 2, 7, 64, 1000)

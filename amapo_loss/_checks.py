@@ -1,62 +1,63 @@
-"""One clear sentence for every wrong argument. Looks at types, shapes and devices, never at a tensor's values."""
+"""Argument checks. Each one raises a single sentence that names the argument, what it got and what it expects.
+
+Depends only on torch. The checks look at types, shapes, dtypes and devices, and never at the values of a tensor, so
+that none of them synchronizes with the device.
+"""
 
 from math import inf
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+Formula = Literal["paper", "released"]
+Scaling = Literal["exp", "linear"]
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "torch"]
 
-def floating(name: str, value: object) -> Tensor:
-    """`value`, if it is a floating tensor."""
+
+def floating_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a floating-point tensor, else raise TypeError."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating tensor, got {_kind(value)}")
+        raise TypeError(f"{name} must be a floating tensor, got {_describe(value)}")
     return value
 
 
-def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What floating tensors, where there are any, are computed in: float64 where one of them is, else float32."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
-
-
-def real(name: str, value: object) -> Tensor:
-    """`value`, if it is an integer or floating tensor."""
+def real_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is an integer or floating-point tensor, else raise TypeError."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer or floating tensor, got {_kind(value)}")
+        raise TypeError(f"{name} must be an integer or floating tensor, got {_describe(value)}")
     return value
 
 
 def token_ids(name: str, value: object) -> Tensor:
-    """`value`, if it is an int64 tensor."""
+    """Return `value` if it is an int64 tensor, else raise TypeError."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor, got {_kind(value)}")
+        raise TypeError(f"{name} must be an int64 tensor, got {_describe(value)}")
     return value
 
 
-def no_dtensor(name: str, value: Tensor) -> None:
-    """A plain tensor, not one that is spread over devices."""
-    if hasattr(value, "full_tensor"):  # DTensor; to import its class takes as long as the whole package
+def not_dtensor(name: str, value: Tensor) -> None:
+    """Raise TypeError for a DTensor."""
+    if hasattr(value, "full_tensor"):  # importing the class DTensor takes as long as importing this whole package
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or call this inside the forward "
             f"of the module that holds it, where FSDP2 has gathered it"
         )
 
 
-def scalar(name: str, value: object, device: torch.device) -> None:
-    """A 0-dim floating tensor on that device."""
-    tensor = floating(name, value)
+def scalar_tensor(name: str, value: object, device: torch.device) -> None:
+    """Raise unless `value` is a 0-dim floating-point tensor on `device`."""
+    tensor = floating_tensor(name, value)
     if tensor.ndim or tensor.device != device:
         raise ValueError(f"{name} must be 0-dim on {device}, got shape {tuple(tensor.shape)} on {tensor.device}")
 
 
-def aligned(tensors: dict[str, Tensor]) -> None:
-    """All of them 1-D, as long as the first, and on its device."""
+def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:
+    """Raise unless all tensors are 1-D, of one length and on one device. The keys are the argument names."""
     (first_name, first), *others = tensors.items()
     if first.ndim != 1:
-        raise ValueError(f"{first_name} must be 1-D, one entry a pair, got shape {tuple(first.shape)}")
+        raise ValueError(f"{first_name} must be 1-D with one entry per pair, got shape {tuple(first.shape)}")
     for name, tensor in others:
         if tensor.shape != first.shape:
             raise ValueError(
@@ -67,40 +68,48 @@ def aligned(tensors: dict[str, Tensor]) -> None:
 
 
 def number(name: str, value: object, *, above: float = -inf, at_least: float = -inf, below: float = inf) -> None:
-    """A finite Python number in the given range; a tensor would have to be waited for."""
+    """Raise unless `value` is a finite Python number in the range. Checking a tensor would wait for the device."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python number, got {_kind(value)}")
-    if not (value > above and value >= at_least and value < below):  # false for NaN, too
+        raise TypeError(f"{name} must be a Python number, got {_describe(value)}")
+    if not (value > above and value >= at_least and value < below):  # also raises for NaN
         limits = {"> ": above, ">= ": at_least, "< ": below}
         expected = [f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf]
         raise ValueError(f"{name} must be {' and '.join(expected + ['finite'] * (below == inf))}, got {value}")
 
 
-def choice(name: str, value: object, options: object) -> None:
-    """One of the strings of a `Literal`."""
-    if value not in get_args(options):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(options)))}, got {value!r}")
-
-
-def instance(name: str, value: object, kind: type) -> None:
-    """An instance of a class of this package."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {_kind(value)}")
-
-
-def whole(name: str, value: object, *, at_least: int) -> None:
-    """An int of that or more."""
+def integer(name: str, value: object, *, at_least: int) -> None:
+    """Raise unless `value` is an int of `at_least` or more."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {_kind(value)}")
+        raise TypeError(f"{name} must be an int, got {_describe(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
+def boolean(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def choice(name: str, value: object, options: object) -> None:
+    """Raise unless `value` is one of the strings of the Literal type `options`."""
+    if value not in get_args(options):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(options)))}, got {value!r}")
+
+
 def process_group(name: str, value: object) -> None:
-    """A group of torch.distributed that this rank belongs to."""
+    """Raise unless `value` is a torch.distributed group that contains this rank."""
     if not isinstance(value, torch.distributed.ProcessGroup):
-        raise TypeError(f"{name} must be a torch.distributed group that this rank belongs to, got {_kind(value)}")
+        raise TypeError(f"{name} must be a torch.distributed group that this rank belongs to, got {_describe(value)}")
 
 
-def _kind(value: object) -> str:
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return float64 if any of the tensors is float64, else float32: the dtype to compute in. None is skipped."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def _describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

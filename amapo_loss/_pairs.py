@@ -1,4 +1,7 @@
-"""The pairs that a loss is given, as one checked value. Knows tensors, and of the package only the _checks."""
+"""The tensors that a loss is given, as one checked value.
+
+Depends only on torch and the argument checks.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,43 +12,43 @@ from amapo_loss import _checks
 
 
 class Pairs(NamedTuple):
-    """Log-probs and, where there are any, the reference's and the lengths: [B] each, on one device."""
+    """A batch of B preference pairs: policy log-probs, optional reference log-probs, optional lengths."""
 
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor | None = None
-    ref_rejected_logps: Tensor | None = None
-    chosen_lengths: Tensor | None = None
-    rejected_lengths: Tensor | None = None
+    chosen_logps: Tensor  # [B]
+    rejected_logps: Tensor  # [B]
+    ref_chosen_logps: Tensor | None = None  # [B]
+    ref_rejected_logps: Tensor | None = None  # [B]
+    chosen_lengths: Tensor | None = None  # [B] tokens
+    rejected_lengths: Tensor | None = None  # [B] tokens
 
     def checked(self) -> "Pairs":
-        """The same, after raising for what does not fit together; no gradient flows into the lengths."""
+        """Return the pairs with detached lengths, or raise if the tensors do not fit together."""
         logps = {"chosen_logps": self.chosen_logps, "rejected_logps": self.rejected_logps}
         logps |= self._both_or_neither("ref_chosen_logps", "ref_rejected_logps")
         lengths = self._both_or_neither("chosen_lengths", "rejected_lengths")
         for name, tensor in logps.items():
-            _checks.floating(name, tensor)
+            _checks.floating_tensor(name, tensor)
         for name, tensor in lengths.items():
-            _checks.real(name, tensor)
-        _checks.aligned(logps | lengths)
+            _checks.real_tensor(name, tensor)
+        _checks.one_entry_per_pair(logps | lengths)
         return self._replace(**{name: tensor.detach() for name, tensor in lengths.items()})
 
     def _both_or_neither(self, first: str, second: str) -> dict[str, Tensor]:
         given = {name: getattr(self, name) for name in (first, second) if getattr(self, name) is not None}
         if len(given) == 1:
-            (there,), (missing,) = given, {first, second} - set(given)
-            raise ValueError(f"{there} was given without {missing}: pass both or neither")
+            (present,), (missing,) = given, {first, second} - set(given)
+            raise ValueError(f"{present} was given without {missing}: pass both or neither")
         return given
 
-    def computable(self) -> "Pairs":
-        """The same, all in the floating dtype that they are computed in."""
-        dtype = _checks.computing_dtype(*self[:4])
-        return self._each(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
+    def to_accumulation_dtype(self) -> "Pairs":
+        """Return the pairs with every tensor in float32, or in float64 if a log-prob is float64."""
+        dtype = _checks.accumulation_dtype(*self[:4])
+        return self._map(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
 
     def detached(self) -> "Pairs":
-        """The same without their graph."""
-        return self._each(Tensor.detach)
+        """Return the pairs without their autograd graph."""
+        return self._map(Tensor.detach)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
         chosen, rejected, *optional = self
         return Pairs(function(chosen), function(rejected), *(x if x is None else function(x) for x in optional))

@@ -1,4 +1,7 @@
-"""What happened in a batch: per pair, and as the scalars that a trainer logs."""
+"""`Diagnostics`: what a loss call found out about its pairs, and the scalars that a trainer logs.
+
+Depends only on torch, the reference mathematics, `Pairs` and `ScoreStatistics`.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +12,8 @@ from amapo_loss import _reference
 from amapo_loss._pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
 
-SUMMARY = (  # in the order in which the kernel stores them
+# The keys of `Diagnostics.summary`. The Triton kernel writes their values in this order.
+_SUMMARY_KEYS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -29,21 +33,19 @@ SUMMARY = (  # in the order in which the kernel stores them
 
 
 class Diagnostics(NamedTuple):
-    r"""What a loss call found out about each pair, detached, on the device of the log-probs.
+    r"""What a loss call found out about each pair, detached and on the device of the log-probs.
 
-    Beyond the margins, which made the loss, everything is computed when it is read: what nobody looks at costs nothing.
+    The margins are stored, because the loss is made from them. Everything else is computed when you read it, so that
+    what you do not read costs nothing. The tensors are float32, or float64 where a log-prob is float64.
 
     Args:
-        pairs: the log-probs, and the reference's and the lengths where there are any; as passed, or as converted to be
-            computed with.
-        margins: [B] margins $h_i$.
-        statistics: the mean and standard deviation that the margins were made from, in score units.
-        beta: scale of the ranking score.
+        pairs: the tensors that the loss was given, perhaps converted to the dtype of the computation.
+        margins: [B] the margins $h_i$.
+        statistics: the mean and the standard deviation that the margins were made from, in score units.
+        beta: the scale of the ranking score.
         label_smoothing: $\epsilon$.
-        rewards: [3, B] scores, chosen and rejected rewards, and
-        entries: [15] those of `summary`, in the order of `SUMMARY`; each where the backend had them anyway.
-
-    What the properties return is float32, or float64 where a log-prob is; so are the margins.
+        rewards: [3, B] scores, chosen rewards and rejected rewards, where the backend has computed them already.
+        summary_values: [15] the values of `summary`, where the backend has computed them already.
 
     """
 
@@ -53,21 +55,21 @@ class Diagnostics(NamedTuple):
     beta: float
     label_smoothing: float
     rewards: Tensor | None = None
-    entries: Tensor | None = None
+    summary_values: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
-        r"""[B] ranking scores $r_i = \beta d_i$; a pair is ranked correctly where $r_i > 0$."""
+        r"""[B] the ranking scores $r_i = \beta d_i$. A pair is ranked correctly where $r_i > 0$."""
         return self._rewards()[0]
 
     @property
     def chosen_rewards(self) -> Tensor:
-        r"""[B] $\beta \log\frac{\pi(y_w)}{\mathrm{ref}(y_w)} / |y_w|$, reference and length where given."""
+        r"""[B] $\beta (\log\pi(y_w) - \log\mathrm{ref}(y_w)) / |y_w|$, without the parts that were not given."""
         return self._rewards()[1]
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """[B] the same of the rejected responses."""
+        """[B] the same for the rejected responses."""
         return self._rewards()[2]
 
     @property
@@ -76,24 +78,32 @@ class Diagnostics(NamedTuple):
         return _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
 
     def _rewards(self) -> Tensor:
-        return _reference.differences(self.pairs.computable(), self.beta)[1] if self.rewards is None else self.rewards
+        if self.rewards is not None:
+            return self.rewards
+        return _reference.log_ratio_differences(self.pairs.to_accumulation_dtype(), self.beta)[1]
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
-        """The batch in 15 scalars, under TRL's names where TRL has one.
+        """Return the batch as 15 scalars, under TRL's names where TRL has one.
+
+        A mean or a share is taken over the pairs of this call. The mean of an empty batch or of an empty group is 0.
 
         Args:
-            prefix: put before every key, for example `"eval_"`.
+            prefix: string to put in front of every key, for example `"eval_"`.
 
         Returns:
-            0-dim tensors on the device, so that nothing waits for it before you log them. Over the local batch
-            (0 if it is empty, and the mean of an empty group is 0):
-            `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `logps/chosen`, `logps/rejected`: means;
-            `rewards/accuracies`: share of pairs with r > 0;
-            `amapo/score_mean`, `amapo/score_std`: the statistics behind the margins;
-            `amapo/margin_mean`, `amapo/margin_max`, `amapo/margin_active`: of h, and the share of pairs with h > 0;
-            `amapo/margin_accuracies`: share of pairs with r above the score mean (the authors' metric);
-            `amapo/gradient_weight_correct`, `amapo/gradient_weight_misranked`: mean w where r > 0, and where r <= 0;
-            `amapo/nonfinite`: number of pairs whose score is NaN or infinite.
+            A dictionary of 0-dim tensors on the device. The host waits for the device only when you read a value.
+
+            - `rewards/chosen`, `rewards/rejected`: mean rewards.
+            - `rewards/accuracies`: share of pairs with r > 0.
+            - `rewards/margins`: mean score r. This is TRL's name; it has nothing to do with the margin h.
+            - `logps/chosen`, `logps/rejected`: mean log-probs as they were passed, so sums where they are sums.
+            - `amapo/score_mean`, `amapo/score_std`: the statistics that the margins were made from.
+            - `amapo/margin_mean`, `amapo/margin_max`: mean and maximum of the margins h.
+            - `amapo/margin_active`: share of pairs with h > 0.
+            - `amapo/margin_accuracies`: share of pairs with r above the score mean, the authors' metric.
+            - `amapo/gradient_weight_correct`: mean gradient weight of the pairs with r > 0.
+            - `amapo/gradient_weight_misranked`: mean gradient weight of the pairs with r <= 0.
+            - `amapo/nonfinite`: number of pairs whose score is NaN or infinite.
 
         Example:
             >>> import torch
@@ -102,15 +112,15 @@ class Diagnostics(NamedTuple):
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)
         """
-        if self.entries is None:
-            values = self._entries()
+        if self.summary_values is None:
+            values = self._summarize()
         else:
-            values = dict(zip(SUMMARY, self.entries.unbind()))
-        return {prefix + name: values[name] for name in SUMMARY}
+            values = dict(zip(_SUMMARY_KEYS, self.summary_values.unbind()))
+        return {prefix + key: values[key] for key in _SUMMARY_KEYS}
 
-    def _entries(self) -> dict[str, Tensor]:
+    def _summarize(self) -> dict[str, Tensor]:
         scores, chosen_rewards, rejected_rewards = self._rewards()
-        weights, zero = self.gradient_weights, torch.zeros_like(scores)
+        weights, zeros = self.gradient_weights, torch.zeros_like(scores)
         correct, misranked = scores > 0, scores <= 0
         columns = {
             "rewards/chosen": chosen_rewards,
@@ -122,19 +132,20 @@ class Diagnostics(NamedTuple):
             "amapo/margin_mean": self.margins,
             "amapo/margin_active": self.margins > 0,
             "amapo/margin_accuracies": scores > self.statistics.mean,
-            "amapo/gradient_weight_correct": torch.where(correct, weights, zero),
-            "amapo/gradient_weight_misranked": torch.where(misranked, weights, zero),
+            "amapo/gradient_weight_correct": torch.where(correct, weights, zeros),
+            "amapo/gradient_weight_misranked": torch.where(misranked, weights, zeros),
             "amapo/nonfinite": ~scores.isfinite(),
         }
-        totals = torch.stack([column.to(zero.dtype) for column in columns.values()]).sum(1)
+        totals = torch.stack([column.to(zeros.dtype) for column in columns.values()]).sum(1)
         n = scores.shape[0]
-        group_sizes: dict[str, Tensor | int] = {
+        # What a total is divided by where it is not the number of pairs.
+        denominators: dict[str, Tensor | int] = {
             "amapo/gradient_weight_correct": correct.sum().clamp(min=1),
             "amapo/gradient_weight_misranked": misranked.sum().clamp(min=1),
             "amapo/nonfinite": 1,
         }
-        return {name: total / group_sizes.get(name, max(n, 1)) for name, total in zip(columns, totals)} | {
-            "amapo/margin_max": self.margins.amax() if n else zero.sum(),
-            "amapo/score_mean": self.statistics.mean.to(zero.dtype),
-            "amapo/score_std": self.statistics.std.to(zero.dtype),
+        return {key: total / denominators.get(key, max(n, 1)) for key, total in zip(columns, totals)} | {
+            "amapo/margin_max": self.margins.amax() if n else zeros.sum(),
+            "amapo/score_mean": self.statistics.mean.to(zeros.dtype),
+            "amapo/score_std": self.statistics.std.to(zeros.dtype),
         }

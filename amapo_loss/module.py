@@ -1,23 +1,34 @@
-"""`AMaPOLoss`: the loss as a module, with the call and the triple of the DPO losses people already have."""
+"""`AMaPOLoss`: the loss as an nn.Module, with the signature and the return values of the DPO losses that it replaces.
+
+Depends on the functional loss.
+"""
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from amapo_loss._checks import Backend, Reduction
+from amapo_loss._options import LossOptions
 from amapo_loss.diagnostics import Diagnostics
-from amapo_loss.functional import Backend, Reduction, amapo_loss, check_options
+from amapo_loss.functional import amapo_loss
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import Estimator, ScoreStatistics
 
 
 class AMaPOLoss(nn.Module):
-    r"""`amapo_loss` with its options set once, called as a DPO loss is called.
+    r"""`amapo_loss` with its options set once, and the signature and return values of OpenRLHF's `DPOLoss`.
 
     Args:
-        beta, label_smoothing, margin, statistics, process_group, reduction, backend: as in `amapo_loss`. A
-            `ScoreWindow` is part of the module: of its state, its device and its training mode.
+        beta: as in `amapo_loss`, like all arguments below.
+        label_smoothing: as in `amapo_loss`.
+        margin: as in `amapo_loss`.
+        statistics: as in `amapo_loss`. A `ScoreWindow` becomes a submodule: the state, the device and the training
+            mode of this module include it.
+        process_group: as in `amapo_loss`.
+        reduction: as in `amapo_loss`.
+        backend: as in `amapo_loss`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `amapo_loss`; for the options, on construction.
+        TypeError, ValueError, RuntimeError: as `amapo_loss` does. Wrong options raise on construction.
 
     Example:
         >>> import torch
@@ -33,7 +44,7 @@ class AMaPOLoss(nn.Module):
     """
 
     diagnostics: Diagnostics | None
-    """What the last batch looked like; None before the first call."""
+    """The diagnostics of the last call, or None before the first call."""
 
     def __init__(
         self,
@@ -46,7 +57,7 @@ class AMaPOLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_options(beta, label_smoothing, margin, statistics, process_group, reduction, backend)
+        LossOptions(beta, label_smoothing, margin, reduction, statistics, process_group, backend).checked()
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.margin = margin
@@ -66,7 +77,10 @@ class AMaPOLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and, detached, the [B] rewards of the chosen and of the rejected responses."""
+        """Return the loss and the detached rewards [B] of the chosen and of the rejected responses.
+
+        The tensors are those of `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them.
+        """
         loss, self.diagnostics = amapo_loss(
             policy_chosen_logps,
             policy_rejected_logps,
@@ -85,5 +99,5 @@ class AMaPOLoss(nn.Module):
         return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
 
     def extra_repr(self) -> str:
-        """The options that `print(model)` shows."""
+        """Return the options that `print(module)` shows."""
         return f"beta={self.beta}, label_smoothing={self.label_smoothing}, margin={self.margin}"

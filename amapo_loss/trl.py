@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amapo_loss import _checks
+from amapo_loss._checks import Formula, Scaling
 from amapo_loss.functional import amapo_loss
-from amapo_loss.margin import AdaptiveMargin, Formula, Scaling
+from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import ScoreWindow
 
 try:
@@ -88,7 +89,7 @@ class AMaPOConfig(DPOConfig):
         _checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
         _checks.number("sft_weight", self.sft_weight, at_least=0)
         if self.statistics_window is not None:
-            _checks.whole("statistics_window", self.statistics_window, at_least=1)
+            _checks.integer("statistics_window", self.statistics_window, at_least=1)
         _ = self.margin  # raises for what is none
 
     @property

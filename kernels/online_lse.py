@@ -1,7 +1,10 @@
-"""A tile of logits to what its rows' log-probs are made of, and to the gradient in it, one pass over memory each.
+"""The online log-sum-exp of a tile of logits, and the gradient of a tile, in one pass over its memory each.
 
-The mathematics, its symbols and the order of its arguments are those of `amapo_loss.logps._online_lse`. A program takes a row.
-Knows torch and Triton, nothing else of the package.
+The mathematics, the symbols and the order of the arguments are those of `amapo_loss.logps._online_lse`. One program
+processes one row. Depends only on torch and Triton.
+
+A tile is [n, v], or [n / m, m, v] with any strides, whose row number r is (r // m, r % m). `z_outer` and `z_inner` are
+its strides over those two indices and `z_stride` the stride over columns.
 """
 
 import torch
@@ -15,107 +18,189 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _logits(Z, BIAS, j, z_stride, mask, scale, softcap):
-    """Finished logits; -inf beyond the tile."""
-    z = tl.load(Z + j * z_stride, mask=mask, other=0.0).to(tl.float32)
-    if BIAS is not None:
-        z += tl.load(BIAS + j, mask=mask, other=0.0).to(tl.float32)
+def _load_logits(z_ptr, bias_ptr, j, z_stride, mask, scale, softcap):
+    """Return the logits of the columns j, with the transform applied, and -inf where the mask is false."""
+    z = tl.load(z_ptr + j * z_stride, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + j, mask=mask, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # softcap * tanh(z / softcap)
     return tl.where(mask, z, -INF)
 
 
 @triton.jit
-def _add(Z, z_outer, z_inner, z_stride, TARGETS, TARGET, OTHERS, BIAS, first, columns, scale, softcap, inner,
-         BLOCK: tl.constexpr):  # fmt: skip
-    """TARGET and OTHERS [n], in place, with one more tile Z [n / inner, inner, columns] seen."""
+def _update_kernel(
+    z_ptr,  # [n / m, m, v]
+    z_outer,
+    z_inner,
+    z_stride,
+    target_ids_ptr,  # [n]
+    target_logit_ptr,  # [n], updated
+    lse_rest_ptr,  # [n], updated
+    bias_ptr,  # [v], or None
+    first_column,
+    num_columns,
+    scale,
+    softcap,
+    m,
+    BLOCK: tl.constexpr,
+):
+    """Add a tile to the state of its rows."""
     row = tl.program_id(0).to(tl.int64)
-    y = tl.load(TARGETS + row)
+    y = tl.load(target_ids_ptr + row)
     if y >= 0:
-        Z += row // inner * z_outer + row % inner * z_inner
-        y -= first
-        target = tl.zeros((), tl.float32)
-        most = tl.full((), -INF, tl.float32)
-        total = tl.zeros((), tl.float32)
-        for start in range(0, columns, BLOCK):
+        z_ptr += row // m * z_outer + row % m * z_inner
+        y -= first_column
+        target_logit = tl.zeros((), tl.float32)
+        running_max = tl.full((), -INF, tl.float32)
+        total = tl.zeros((), tl.float32)  # sum of exp(z_j - running_max) over the columns seen, without the target
+        for start in range(0, num_columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
-            z = _logits(Z, BIAS, j, z_stride, j < columns, scale, softcap)
-            target += tl.sum(tl.where(j == y, z, 0.0))
+            z = _load_logits(z_ptr, bias_ptr, j, z_stride, j < num_columns, scale, softcap)
+            target_logit += tl.sum(tl.where(j == y, z, 0.0))
             z = tl.where(j == y, -INF, z)
-            more = tl.maximum(most, tl.max(z))
-            around = tl.where(more == -INF, 0.0, more)  # nothing seen yet: its exponential is 0, not NaN
-            total = total * tl.exp(most - around) + tl.sum(tl.exp(z - around))
-            most = more
-        others = tl.load(OTHERS + row)
-        more = tl.maximum(others, most)
-        tl.store(OTHERS + row, more + tl.log(tl.exp(others - more) + total * tl.exp(most - more)))
-        if (y >= 0) & (y < columns):
-            tl.store(TARGET + row, target)
+            new_max = tl.maximum(running_max, tl.max(z))
+            # As long as all logits are -inf, subtract 0: -inf - -inf would be NaN.
+            shift = tl.where(new_max == -INF, 0.0, new_max)
+            total = total * tl.exp(running_max - shift) + tl.sum(tl.exp(z - shift))
+            running_max = new_max
+        lse_rest = tl.load(lse_rest_ptr + row)
+        new_max = tl.maximum(lse_rest, running_max)
+        new_lse = new_max + tl.log(tl.exp(lse_rest - new_max) + total * tl.exp(running_max - new_max))
+        tl.store(lse_rest_ptr + row, new_lse)
+        if (y >= 0) & (y < num_columns):
+            tl.store(target_logit_ptr + row, target_logit)
 
 
 @triton.jit
-def _gradient(OUT, out_outer, out_inner, Z, z_outer, z_inner, z_stride, TARGETS, OTHERS, BIAS, first, columns,
-              scale, softcap, OF_OTHERS, OF_TARGET, inner, SHARES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """OUT [n / inner, inner, columns]; it may be Z's memory, seen as elements of the same size or smaller."""
+def _gradient_kernel(
+    out_ptr,  # [n / m, m, v], may be the memory of z with elements of the same size or smaller
+    out_outer,
+    out_inner,
+    z_ptr,  # [n / m, m, v]
+    z_outer,
+    z_inner,
+    z_stride,
+    target_ids_ptr,  # [n]
+    lse_rest_ptr,  # [n]
+    bias_ptr,  # [v], or None
+    first_column,
+    num_columns,
+    scale,
+    softcap,
+    a_ptr,  # [n]
+    b_ptr,  # [n]
+    m,
+    Z_IS_EXP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradient of a tile: -a exp(z_j - L) times the slope of the softcap for j != y, and b for j = y."""
     row = tl.program_id(0).to(tl.int64)
-    Z += row // inner * z_outer + row % inner * z_inner
-    OUT += row // inner * out_outer + row % inner * out_inner
-    y = tl.load(TARGETS + row)
-    others = tl.load(OTHERS + row)
-    of_others = tl.load(OF_OTHERS + row)
-    of_target = tl.load(OF_TARGET + row)
+    z_ptr += row // m * z_outer + row % m * z_inner
+    out_ptr += row // m * out_outer + row % m * out_inner
+    y = tl.load(target_ids_ptr + row)
+    lse_rest = tl.load(lse_rest_ptr + row)
+    a = tl.load(a_ptr + row)
+    b = tl.load(b_ptr + row)
     counts = y >= 0
-    seen = tl.where(counts, columns, 0)  # of a row that does not count, nothing is read
-    y -= first
-    for start in range(0, columns, BLOCK):
+    num_read = tl.where(counts, num_columns, 0)  # a row that does not count is written but not read
+    y -= first_column
+    for start in range(0, num_columns, BLOCK):
         j = start + tl.arange(0, BLOCK).to(tl.int64)
-        mask = j < columns
-        if SHARES:
-            share = tl.load(Z + j * z_stride, mask=j < seen, other=0.0).to(tl.float32)
+        mask = j < num_columns
+        if Z_IS_EXP:
+            exp_logits = tl.load(z_ptr + j * z_stride, mask=j < num_read, other=0.0).to(tl.float32)
         else:
-            z = _logits(Z, BIAS, j, z_stride, j < seen, scale, softcap)
-            share = tl.exp(z - others)
+            z = _load_logits(z_ptr, bias_ptr, j, z_stride, j < num_read, scale, softcap)
+            exp_logits = tl.exp(z - lse_rest)
             if softcap is not None:
-                share *= 1 - (z / softcap) * (z / softcap)
-        out = tl.where(counts, tl.where(j == y, of_target, -of_others * share), 0.0)
-        tl.debug_barrier()  # a store, of elements half as wide, may be where another thread loads
-        tl.store(OUT + j, out.to(OUT.dtype.element_ty), mask=mask)
+                exp_logits *= 1 - (z / softcap) * (z / softcap)
+        out = tl.where(counts, tl.where(j == y, b, -a * exp_logits), 0.0)
+        # Elements of half the size are stored where another thread may still have to load: wait for all loads.
+        tl.debug_barrier()
+        tl.store(out_ptr + j, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def add(
-    targets: Tensor, target: Tensor, others: Tensor, z: Tensor, first: int,
-    bias: Tensor | None, scale: float, softcap: float | None,
-) -> None:  # fmt: skip
-    """Of a tile [n, v], or [n / m, m, v], to rows [n]; any strides."""
-    columns, inner, strides = _layout(z)
-    if targets.numel():
+def update(
+    target_ids: Tensor,  # [n]
+    target_logit: Tensor,  # [n]
+    lse_rest: Tensor,  # [n]
+    z: Tensor,  # [n, v] or [n / m, m, v], any strides
+    first_column: int,
+    bias: Tensor | None,  # [v]
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Add a tile of matrix products to the state of its rows, in place."""
+    num_columns, m, z_strides = _layout(z)
+    if target_ids.numel():
         with torch.cuda.device_of(z):
-            _add[(len(targets),)](
-                z, *strides, targets, target, others, bias, first, columns, scale, softcap, inner,
-                BLOCK=_block(columns), num_warps=8, enable_fp_fusion=True,
-            )  # fmt: skip
+            _update_kernel[(len(target_ids),)](
+                z,
+                *z_strides,
+                target_ids,
+                target_logit,
+                lse_rest,
+                bias,
+                first_column,
+                num_columns,
+                scale,
+                softcap,
+                m,
+                BLOCK=_block(num_columns),
+                num_warps=8,
+                enable_fp_fusion=True,
+            )
 
 
-def gradient(
-    out: Tensor, z: Tensor, targets: Tensor, target: Tensor, others: Tensor, first: int,
-    bias: Tensor | None, scale: float, softcap: float | None, of_others: Tensor, of_target: Tensor, shares: bool,
-) -> None:  # fmt: skip
-    """In a tile of these shapes; the columns of `out` are adjacent."""
-    columns, inner, strides = _layout(z)
-    if targets.numel():
+def write_gradient(
+    out: Tensor,  # shape of z, adjacent columns
+    z: Tensor,  # [n, v] or [n / m, m, v], any strides
+    target_ids: Tensor,  # [n]
+    target_logit: Tensor,  # [n], unused: b contains it
+    lse_rest: Tensor,  # [n]
+    first_column: int,
+    bias: Tensor | None,  # [v]
+    scale: float,
+    softcap: float | None,
+    a: Tensor,  # [n]
+    b: Tensor,  # [n]
+    z_is_exp: bool,
+) -> None:
+    """Write the gradient with respect to a tile of matrix products to `out`."""
+    num_columns, m, z_strides = _layout(z)
+    _, _, (out_outer, out_inner, _) = _layout(out)
+    if target_ids.numel():
         with torch.cuda.device_of(z):
-            _gradient[(len(targets),)](
-                out, *_layout(out)[2][:2], z, *strides, targets, others, bias, first, columns, scale, softcap,
-                of_others, of_target, inner, SHARES=shares, BLOCK=_block(columns), num_warps=8, enable_fp_fusion=True,
-            )  # fmt: skip
+            _gradient_kernel[(len(target_ids),)](
+                out,
+                out_outer,
+                out_inner,
+                z,
+                *z_strides,
+                target_ids,
+                lse_rest,
+                bias,
+                first_column,
+                num_columns,
+                scale,
+                softcap,
+                a,
+                b,
+                m,
+                Z_IS_EXP=z_is_exp,
+                BLOCK=_block(num_columns),
+                num_warps=8,
+                enable_fp_fusion=True,
+            )
 
 
 def _layout(z: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Columns, m, and the strides of [n / m, m, v]; a tile [n, v] has m = 1."""
+    """Return the number of columns, m, and the strides over [n / m, m, v]; a tile [n, v] has m = 1."""
     z = z if z.ndim == 3 else z.unsqueeze(1)
     return z.shape[2], z.shape[1], z.stride()
 
 
-def _block(columns: int) -> int:
-    return min(BLOCK, max(128, int(triton.next_power_of_2(columns))))
+def _block(num_columns: int) -> int:
+    return min(BLOCK, max(128, int(triton.next_power_of_2(num_columns))))

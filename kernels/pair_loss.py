@@ -1,138 +1,192 @@
-r"""The AMaPO loss of a batch as one kernel launch, with its gradient and everything that a trainer logs of it.
+r"""The AMaPO loss of a batch in one kernel launch, with its gradient and the summary that a trainer logs.
 
-Up to `ONE_LAUNCH` pairs one program sees the whole batch. Beyond, a first launch takes the statistics and a second one
-the loss. Read from the top: the mathematics in the order and the symbols of `amapo_loss._reference`, the kernels that
-put it together, their launch, the operator that PyTorch knows, and the function that `amapo_loss` calls. Knows torch
-and Triton, nothing else of the package.
+Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch takes the
+statistics and a second one computes the loss. Read this file from top to bottom: the mathematics in the order and with
+the symbols of `amapo_loss._reference`, the kernels made of it, their launch, the operator that PyTorch sees, and the
+function that `amapo_loss` calls. Depends only on torch, Triton and the types of `amapo_loss`.
 
-A side of the pairs, CHOSEN or REJECTED, is a tuple (LOGPS, stride, REF, stride, LENGTHS, stride) of pointers [n] to any
-dtype, the last two of which may be None. Everything is computed in float32, but the sums of scores in float64: neither
-a mean far larger than the spread nor a large batch costs them precision. No launch lets the compiler fuse a product
-into a difference: rounded once less than elsewhere, equal scores would differ from their own mean.
+Everything is computed in float32, except the sums of scores, which are float64: neither a mean far larger than the
+standard deviation nor a large batch costs them precision. Every launch passes `enable_fp_fusion=False`. A fused
+multiply-add rounds once where separate operations round twice, so that equal scores could differ from their own mean.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE_LAUNCH = 8192  # pairs; beyond, the registers of one program overflow
-TILE = 2048  # pairs that a program of two launches holds at a time
-FIRST_PROGRAMS = 512  # at most; few enough for every program of the second launch to add up their sums
-SECOND_PROGRAMS = 1024  # at most; few enough for the last of them to add up their totals
+from amapo_loss._options import LossOptions
+from amapo_loss._pairs import Pairs
+from amapo_loss.margin import AdaptiveMargin
+from amapo_loss.statistics import ScoreStatistics
 
-EPS = tl.constexpr(2.0**-23)  # of float32
+MAX_PAIRS_ONE_LAUNCH = 8192  # beyond this number of pairs, the registers of one program spill
+BLOCK_PAIRS = 2048  # pairs that a program holds at a time, with two launches
+MAX_STATISTICS_PROGRAMS = 512  # few enough that every program of the second launch can add up their partial sums
+MAX_LOSS_PROGRAMS = 1024  # few enough that the last one of them can add up their totals
+
+EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
-# The columns of totals [16] that need to be known by name; the order is that of `_block_of_pairs`.
-CORRECT = tl.constexpr(3)
-SUM_OF_MARGINS = tl.constexpr(7)
-WEIGHT_OF_CORRECT = tl.constexpr(10)
-WEIGHT_OF_MISRANKED = tl.constexpr(11)
-NONFINITE = tl.constexpr(12)
-LARGEST_MARGIN = tl.constexpr(13)
-MEAN = tl.constexpr(14)
-STD = tl.constexpr(15)
+# The totals [16] of a block of pairs, by index. `_block_totals` lists all of them; these are used by name.
+NUM_CORRECT = tl.constexpr(3)
+MARGIN_SUM = tl.constexpr(7)
+CORRECT_WEIGHT_SUM = tl.constexpr(10)
+MISRANKED_WEIGHT_SUM = tl.constexpr(11)
+NUM_NONFINITE = tl.constexpr(12)
+MAX_MARGIN = tl.constexpr(13)
+SCORE_MEAN = tl.constexpr(14)
+SCORE_STD = tl.constexpr(15)
 
-# ---------------------------------------------------------------------------------------------- the mathematics
+
+# Bundles of kernel arguments. In a kernel, a tensor is a pointer to its first element.
+
+
+class Side(NamedTuple):
+    """The chosen or the rejected responses. A stride is 0 where its tensor is None."""
+
+    logps: Tensor  # [n]
+    logps_stride: int
+    ref: Tensor | None  # [n] log-probs under the reference model
+    ref_stride: int
+    lengths: Tensor | None  # [n]
+    lengths_stride: int
+
+
+class Statistics(NamedTuple):
+    """Where the mean and the standard deviation come from: supplied, from the moments of all ranks, or computed."""
+
+    mean: Tensor | None  # 0-dim, supplied
+    std: Tensor | None  # 0-dim, supplied
+    rank_moments: Tensor | None  # [ranks, 3] count, mean and M2
+    num_ranks: int
+
+
+class Outputs(NamedTuple):
+    """What the kernels write."""
+
+    loss: Tensor  # 0-dim, or [n] with reduction="none"
+    gradient: Tensor | None  # [2, n] with respect to the chosen and to the rejected log-probs; None if not wanted
+    margins: Tensor  # [n]
+    summary_values: Tensor  # [15]
+    mean_and_std: Tensor  # [2] float64
+    num_pairs: Tensor  # 0-dim int64
+
+
+# The mathematics.
 
 
 @triton.jit
-def _log_ratio(SIDE, i, mask):
-    """Of one side: log pi(y), the log-ratio (log pi(y) - log ref(y)) / |y|, |y|, and the magnitude behind the ratio."""
-    LOGPS, stride, REF, ref_stride, LENGTHS, length_stride = SIDE
-    logps = tl.load(LOGPS + i * stride, mask=mask, other=0.0).to(tl.float32)
+def _log_ratio(side, i, mask):
+    """Return log pi(y), the log-ratio (log pi(y) - log ref(y)) / |y|, |y|, and the scale of the ratio's inputs."""
+    logps = tl.load(side.logps + i * side.logps_stride, mask=mask, other=0.0).to(tl.float32)
     ratio = logps
-    magnitude = tl.abs(logps)
-    if REF is not None:
-        ref = tl.load(REF + i * ref_stride, mask=mask, other=0.0).to(tl.float32)
+    input_scale = tl.abs(logps)
+    if side.ref is not None:
+        ref = tl.load(side.ref + i * side.ref_stride, mask=mask, other=0.0).to(tl.float32)
         ratio = logps - ref
-        magnitude = tl.maximum(magnitude, tl.abs(ref))
-    size = 1.0
-    if LENGTHS is not None:
-        size = tl.load(LENGTHS + i * length_stride, mask=mask, other=1).to(tl.float32)
-        size = tl.where(size == 0, 1.0, size)  # an empty response counts as one token
-        ratio = tl.div_rn(ratio, size)
-        magnitude = tl.div_rn(magnitude, size)
-    return logps, ratio, size, tl.maximum(magnitude, tl.abs(ratio))
+        input_scale = tl.maximum(input_scale, tl.abs(ref))
+    length = 1.0
+    if side.lengths is not None:
+        length = tl.load(side.lengths + i * side.lengths_stride, mask=mask, other=1).to(tl.float32)
+        length = tl.where(length == 0, 1.0, length)
+        ratio = tl.div_rn(ratio, length)
+        input_scale = tl.div_rn(input_scale, length)
+    return logps, ratio, length, tl.maximum(input_scale, tl.abs(ratio))
 
 
 @triton.jit
-def _load_pairs(CHOSEN, REJECTED, i, mask, beta):
-    """Scores r = beta * d, the magnitude of the largest reward behind each, and both sides; as many as there are i."""
-    chosen_logps, chosen, chosen_size, chosen_magnitude = _log_ratio(CHOSEN, i, mask)
-    rejected_logps, rejected, rejected_size, rejected_magnitude = _log_ratio(REJECTED, i, mask)
-    d = chosen - rejected
+def _load_pairs(chosen, rejected, i, mask, beta):
+    """Return the scores r = beta * d of the pairs i, the scale of their inputs, and both sides.
+
+    A side is (log-probs, log-ratios, lengths).
+    """
+    chosen_logps, chosen_ratio, chosen_length, chosen_scale = _log_ratio(chosen, i, mask)
+    rejected_logps, rejected_ratio, rejected_length, rejected_scale = _log_ratio(rejected, i, mask)
+    d = chosen_ratio - rejected_ratio
     r = beta * d
-    magnitude = beta * tl.maximum(tl.abs(d), tl.maximum(chosen_magnitude, rejected_magnitude))
-    return r, magnitude, (chosen_logps, chosen, chosen_size), (rejected_logps, rejected, rejected_size)
+    input_scale = beta * tl.maximum(tl.abs(d), tl.maximum(chosen_scale, rejected_scale))
+    chosen_side = (chosen_logps, chosen_ratio, chosen_length)
+    return r, input_scale, chosen_side, (rejected_logps, rejected_ratio, rejected_length)
 
 
 @triton.jit
-def _score_of_pair_0(CHOSEN, REJECTED, n, beta):
-    """Around it the sums of scores are taken; 0 where there is no pair."""
+def _pivot_score(chosen, rejected, n, beta):
+    """Return the score of pair 0, which the sums of scores are taken about; 0 if there are no pairs."""
     i = tl.full((), 0, tl.int64)
-    return _load_pairs(CHOSEN, REJECTED, i, i < n, beta)[0]
+    return _load_pairs(chosen, rejected, i, i < n, beta)[0]
 
 
 @triton.jit
-def _sums(r, p, magnitude, mask):
-    """What the statistics are made of; around p, the score of pair 0, equal scores add up to exactly 0."""
-    from_p = tl.where(mask, r.to(tl.float64) - p.to(tl.float64), 0.0)
-    largest = tl.max(tl.where(mask, tl.abs(r), 0.0))
-    return tl.sum(from_p), tl.sum(from_p * from_p), largest, tl.max(tl.where(mask, magnitude, 0.0))
+def _partial_sums(r, pivot, input_scale, mask):
+    """Return the sum and the sum of squares of r - pivot, the largest |r| and the largest input scale.
+
+    If all scores are equal, both sums are exactly 0.
+    """
+    from_pivot = tl.where(mask, r.to(tl.float64) - pivot.to(tl.float64), 0.0)
+    max_score = tl.max(tl.where(mask, tl.abs(r), 0.0))
+    return tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), max_score, tl.max(tl.where(mask, input_scale, 0.0))
 
 
 @triton.jit
-def _moments_of_sums(p, sum1, sum2, n):
-    """The number of scores, their mean, and the sum of squares about it; in float64."""
+def _moments_from_sums(pivot, sum1, sum2, n):
+    """Return the count, the mean and the sum of squared deviations (M2) of the scores, in float64."""
     n = tl.cast(n, tl.float64)
-    squares = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
-    return n, p.to(tl.float64) + sum1 / tl.maximum(n, 1.0), tl.where(squares < 0, 0.0, squares)
+    m2 = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
+    return n, pivot.to(tl.float64) + sum1 / tl.maximum(n, 1.0), tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
-def _merged_moments(MOMENTS, ranks, RANKS: tl.constexpr):
-    """The same of all ranks, from MOMENTS [ranks, 3]; Chan's formula, as in `amapo_loss.statistics.merged`."""
-    q = tl.arange(0, RANKS)
-    counts = tl.load(MOMENTS + 3 * q, mask=q < ranks, other=0.0)
-    means = tl.load(MOMENTS + 3 * q + 1, mask=q < ranks, other=0.0)
-    squares = tl.load(MOMENTS + 3 * q + 2, mask=q < ranks, other=0.0)
+def _merge_moments(rank_moments, num_ranks, BLOCK_RANKS: tl.constexpr):
+    """Merge the moments [ranks, 3] of all ranks by Chan's formula, as `amapo_loss._moments.merge_moments` does."""
+    rank = tl.arange(0, BLOCK_RANKS)
+    counts = tl.load(rank_moments + 3 * rank, mask=rank < num_ranks, other=0.0)
+    means = tl.load(rank_moments + 3 * rank + 1, mask=rank < num_ranks, other=0.0)
+    m2s = tl.load(rank_moments + 3 * rank + 2, mask=rank < num_ranks, other=0.0)
     n = tl.sum(counts)
     mu = tl.sum(counts * means) / tl.maximum(n, 1.0)
-    return n, mu, tl.sum(squares + counts * (means - mu) * (means - mu))
+    return n, mu, tl.sum(m2s + counts * (means - mu) * (means - mu))
 
 
 @triton.jit
-def _statistics(STATISTICS, p, sum1, sum2, n, RANKS: tl.constexpr):
-    """The number of pairs, the mean mu, in float64, and the standard deviation sigma: of all ranks, or as supplied."""
-    MEAN, STD, MOMENTS, ranks = STATISTICS
-    if MOMENTS is None:
-        count, mu, squares = _moments_of_sums(p, sum1, sum2, n)
+def _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS: tl.constexpr):
+    """Return the number of pairs, the mean mu in float64, and the standard deviation sigma in float32."""
+    if statistics.rank_moments is None:
+        count, mu, m2 = _moments_from_sums(pivot, sum1, sum2, n)
     else:
-        count, mu, squares = _merged_moments(MOMENTS, ranks, RANKS)
-    sigma = tl.sqrt(squares / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
-    if MEAN is not None:
-        mu = tl.load(MEAN).to(tl.float64)
-        sigma = tl.load(STD).to(tl.float32)
+        count, mu, m2 = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
+    sigma = tl.sqrt(m2 / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
+    if statistics.mean is not None:
+        mu = tl.load(statistics.mean).to(tl.float64)
+        sigma = tl.load(statistics.std).to(tl.float32)
     return count, mu, sigma
 
 
 @triton.jit
-def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
-                      PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
-    """The margins h; line by line `amapo_loss._reference.adaptive_margins`, which says why."""
-    sigma = tl.where(sigma <= magnitude * (8 * EPS), INF, sigma)
+def _adaptive_margins(
+    r,
+    mu,
+    sigma,
+    input_scale,
+    max_score,
+    beta,
+    PAPER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXP: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """Return the margins h, line by line as `amapo_loss._reference.adaptive_margins`, where the comments are."""
+    sigma = tl.where(sigma <= input_scale * (8 * EPS), INF, sigma)
     below = (mu - r.to(tl.float64)).to(tl.float32)
     mu = mu.to(tl.float32)
     distance = tl.abs(below)
     if PAPER:
         distance = tl.minimum(distance, tl.abs(mu))
-    z = tl.where(distance <= largest * (2 * EPS), 0.0, below) / sigma
+    z = tl.where(distance <= max_score * (2 * EPS), 0.0, below) / sigma
     if not NORMALIZE:
         z = (z > 0).to(tl.float32) + 0 * z
 
@@ -140,7 +194,7 @@ def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
     h = gamma
     if EXP:
         exponent = gamma if PAPER else gamma / beta
-        h = beta * tl.exp(tl.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))  # tl.minimum would lose a NaN
+        h = beta * tl.exp(tl.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))  # tl.minimum would drop a NaN
     if CLIP:
         gate = gamma if PAPER else z
         return tl.where(gate <= 0, 0.0, h)
@@ -149,43 +203,58 @@ def _adaptive_margins(r, mu, sigma, magnitude, largest, beta,
 
 @triton.jit
 def _pair_losses(r, h, eps):
-    """The losses L, and the gradient weights w = -dL/dr."""
-    shortfall = h - r
-    e = tl.exp(-tl.abs(shortfall))
+    """Return the losses L and the gradient weights w = -dL/dr."""
+    y = h - r
+    e = tl.exp(-tl.abs(y))
     u = 1 + e
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))  # log(u) alone loses what u has rounded off
-    losses = tl.where(shortfall < 0, 0.0, shortfall) + log1p - eps * shortfall
-    weights = tl.where(shortfall < 0, e, 1.0) / u - eps
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))  # log(u) alone loses what the rounding of u has lost
+    losses = tl.where(y < 0, 0.0, y) + log1p - eps * y
+    weights = tl.where(y < 0, e, 1.0) / u - eps
     return losses, weights
 
 
-# --------------------------------------------------------------------------------- from pairs to what is returned
+# From pairs to outputs.
 
 
 @triton.jit
-def _block_of_pairs(pairs, i, mask, mu, sigma, magnitude, largest, n, beta, eps, scale, OUT,
-                    PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                    CLIP: tl.constexpr):  # fmt: skip
-    """Store margins, gradients and, with PER_PAIR, losses; return the totals [16] that `_finish` summarizes."""
-    LOSS, GRADIENT, MARGINS, _, _, _ = OUT
+def _block_totals(
+    pairs,
+    i,
+    mask,
+    mu,
+    sigma,
+    input_scale,
+    max_score,
+    n,
+    beta,
+    eps,
+    scale,
+    out,
+    PER_PAIR: tl.constexpr,
+    PAPER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXP: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """Write the margins, the gradients and, with PER_PAIR, the losses of a block; return its totals [16]."""
     r, _, chosen_side, rejected_side = pairs
-    chosen_logps, chosen, chosen_size = chosen_side
-    rejected_logps, rejected, rejected_size = rejected_side
-    h = _adaptive_margins(r, mu, sigma, magnitude, largest, beta, PAPER, NORMALIZE, EXP, CLIP)
+    chosen_logps, chosen_ratio, chosen_length = chosen_side
+    rejected_logps, rejected_ratio, rejected_length = rejected_side
+    h = _adaptive_margins(r, mu, sigma, input_scale, max_score, beta, PAPER, NORMALIZE, EXP, CLIP)
     losses, weights = _pair_losses(r, h, eps)
 
-    tl.store(MARGINS + i, h, mask=mask)
+    tl.store(out.margins + i, h, mask=mask)
     if PER_PAIR:
-        tl.store(LOSS + i, losses, mask=mask)
-    if GRADIENT is not None:  # [2, n]: in the log-probs of the chosen responses, and of the rejected ones
-        tl.store(GRADIENT + i, -beta * scale * weights / chosen_size, mask=mask)
-        tl.store(GRADIENT + n + i, beta * scale * weights / rejected_size, mask=mask)
+        tl.store(out.loss + i, losses, mask=mask)
+    if out.gradient is not None:
+        tl.store(out.gradient + i, -beta * scale * weights / chosen_length, mask=mask)
+        tl.store(out.gradient + n + i, beta * scale * weights / rejected_length, mask=mask)
 
-    # One number a column, in this order: the loss, and what the entries of the summary are made of.
-    addends = (
+    # Totals 0 to 12 are the sums of these columns: the loss, and what the values of the summary are made of.
+    columns = (
         losses,
-        beta * chosen,
-        beta * rejected,
+        beta * chosen_ratio,
+        beta * rejected_ratio,
         (r > 0).to(tl.float32),
         r,
         chosen_logps,
@@ -198,226 +267,351 @@ def _block_of_pairs(pairs, i, mask, mu, sigma, magnitude, largest, n, beta, eps,
         tl.where(tl.abs(r) < INF, 0.0, 1.0),
     )
     k = tl.arange(0, 16)
-    totals = tl.where(k == LARGEST_MARGIN, tl.max(tl.where(mask, h, -INF)), 0.0)
-    for column in tl.static_range(LARGEST_MARGIN):
-        totals = tl.where(k == column, tl.sum(tl.where(mask, addends[column], 0.0)), totals)
+    totals = tl.where(k == MAX_MARGIN, tl.max(tl.where(mask, h, -INF)), 0.0)
+    for column in tl.static_range(MAX_MARGIN):
+        totals = tl.where(k == column, tl.sum(tl.where(mask, columns[column], 0.0)), totals)
     return totals
 
 
 @triton.jit
-def _added(totals, more):
-    """The totals of two sets of pairs together."""
-    return tl.where(tl.arange(0, 16) == LARGEST_MARGIN, tl.maximum(totals, more), totals + more)
+def _add_totals(totals, more):
+    """Return the totals [16] of two disjoint sets of pairs together."""
+    return tl.where(tl.arange(0, 16) == MAX_MARGIN, tl.maximum(totals, more), totals + more)
 
 
 @triton.jit
-def _finish(totals, mu, sigma, count_of_all, n, scale, OUT, PER_PAIR: tl.constexpr):
-    """From the totals of the whole batch, store the loss, the summary, the statistics [2] and the number of pairs."""
-    LOSS, _, _, SUMMARY, MEAN_AND_STD, COUNT = OUT
+def _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR: tl.constexpr):
+    """Write the reduced loss, the summary, the statistics and the count, from the totals [16] of the whole batch."""
     k = tl.arange(0, 16)
     if not PER_PAIR:
-        tl.store(LOSS + k, scale * totals, mask=k == 0)
-    correct = tl.sum(tl.where(k == CORRECT, totals, 0.0))
-    sum_of_margins = tl.sum(tl.where(k == SUM_OF_MARGINS, totals, 0.0))
-    largest_margin = tl.sum(tl.where(k == LARGEST_MARGIN, totals, 0.0))
-    largest_margin = tl.where(sum_of_margins != sum_of_margins, sum_of_margins, largest_margin)  # tl.max loses a NaN
+        tl.store(out.loss + k, scale * totals, mask=k == 0)
+    num_correct = tl.sum(tl.where(k == NUM_CORRECT, totals, 0.0))
+    margin_sum = tl.sum(tl.where(k == MARGIN_SUM, totals, 0.0))
+    max_margin = tl.sum(tl.where(k == MAX_MARGIN, totals, 0.0))
+    max_margin = tl.where(margin_sum != margin_sum, margin_sum, max_margin)  # tl.max drops a NaN, the sum keeps it
 
-    count = tl.where(k == WEIGHT_OF_CORRECT, correct, tl.cast(n, tl.float32))
-    count = tl.where(k == WEIGHT_OF_MISRANKED, n - correct, count)
-    count = tl.where(k >= NONFINITE, 1.0, tl.maximum(count, 1.0))
-    summary = totals / count
-    summary = tl.where(k == LARGEST_MARGIN, tl.where(n == 0, 0.0, largest_margin), summary)
-    summary = tl.where(k == MEAN, mu.to(tl.float32), summary)
-    summary = tl.where(k == STD, sigma, summary)
-    tl.store(SUMMARY + k - 1, summary, mask=k > 0)
-    tl.store(MEAN_AND_STD, mu)  # in float64, so that whoever supplies them to another batch gets the same margins there
-    tl.store(MEAN_AND_STD + 1, sigma.to(tl.float64))
-    tl.store(COUNT, count_of_all.to(tl.int64))
+    denominator = tl.where(k == CORRECT_WEIGHT_SUM, num_correct, tl.cast(n, tl.float32))
+    denominator = tl.where(k == MISRANKED_WEIGHT_SUM, n - num_correct, denominator)
+    denominator = tl.where(k >= NUM_NONFINITE, 1.0, tl.maximum(denominator, 1.0))
+    summary = totals / denominator
+    summary = tl.where(k == MAX_MARGIN, tl.where(n == 0, 0.0, max_margin), summary)
+    summary = tl.where(k == SCORE_MEAN, mu.to(tl.float32), summary)
+    summary = tl.where(k == SCORE_STD, sigma, summary)
+    tl.store(out.summary_values + k - 1, summary, mask=k > 0)
+    tl.store(out.mean_and_std, mu)  # float64, so that supplying them to another batch gives the same margins there
+    tl.store(out.mean_and_std + 1, sigma.to(tl.float64))
+    tl.store(out.num_pairs, count.to(tl.int64))
 
 
-# ------------------------------------------------------------------------------------------------------ the kernels
+# The kernels. `beta_ptr` replaces `beta` where it is not None.
 
 
 @triton.jit
-def _one_launch(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale,
-                PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                CLIP: tl.constexpr, OVER_ALL: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Everything, by one program that holds all n <= BLOCK pairs."""
-    if BETA is not None:
-        beta = tl.load(BETA)
-    p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
+def _one_launch_kernel(
+    chosen,
+    rejected,
+    statistics,
+    beta_ptr,
+    out,
+    n,
+    beta,
+    eps,
+    scale,
+    PER_PAIR: tl.constexpr,
+    PAPER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXP: tl.constexpr,
+    CLIP: tl.constexpr,
+    MEAN_OVER_RANKS: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute everything in one program, which holds all n <= BLOCK pairs."""
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr)
+    pivot = _pivot_score(chosen, rejected, n, beta)
     i = tl.arange(0, BLOCK).to(tl.int64)
     mask = i < n
-    pairs = _load_pairs(CHOSEN, REJECTED, i, mask, beta)
-    sum1, sum2, largest, magnitude = _sums(pairs[0], p, pairs[1], mask)
-    count, mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n, RANKS)
-    if OVER_ALL:
+    pairs = _load_pairs(chosen, rejected, i, mask, beta)
+    sum1, sum2, max_score, input_scale = _partial_sums(pairs[0], pivot, pairs[1], mask)
+    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
+    if MEAN_OVER_RANKS:
         scale = scale / tl.maximum(count, 1.0).to(tl.float32)
-    totals = _block_of_pairs(
-        pairs, i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta, eps, scale, OUT,
-        PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
-    )  # fmt: skip
-    _finish(totals, mu, sigma, count, n, scale, OUT, PER_PAIR)
+    totals = _block_totals(
+        pairs,
+        i,
+        mask,
+        mu + 0 * sum1,  # NaN if a score is NaN, also where the mean is supplied
+        sigma,
+        input_scale,
+        max_score,
+        n,
+        beta,
+        eps,
+        scale,
+        out,
+        PER_PAIR,
+        PAPER,
+        NORMALIZE,
+        EXP,
+        CLIP,
+    )
+    _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR)
 
 
 @triton.jit
-def _moments(CHOSEN, REJECTED, BETA, MOMENTS, n, beta, BLOCK: tl.constexpr):
-    """MOMENTS [3] of this rank's scores, for the others; by one program."""
-    if BETA is not None:
-        beta = tl.load(BETA)
-    p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
+def _moments_kernel(chosen, rejected, beta_ptr, moments, n, beta, BLOCK: tl.constexpr):
+    """Write the moments [3] of this rank's scores, which the other ranks need, in one program."""
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr)
+    pivot = _pivot_score(chosen, rejected, n, beta)
     sum1 = tl.zeros((), tl.float64)
     sum2 = tl.zeros((), tl.float64)
     for block in range(0, tl.cdiv(n, BLOCK)):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        pairs = _load_pairs(CHOSEN, REJECTED, i, i < n, beta)
-        sums = _sums(pairs[0], p, pairs[1], i < n)
-        sum1 += sums[0]
-        sum2 += sums[1]
-    count, mean, squares = _moments_of_sums(p, sum1, sum2, n)
-    tl.store(MOMENTS, count)
-    tl.store(MOMENTS + 1, mean)
-    tl.store(MOMENTS + 2, squares)
+        pairs = _load_pairs(chosen, rejected, i, i < n, beta)
+        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], i < n)
+        sum1 += partial_sums[0]
+        sum2 += partial_sums[1]
+    count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, n)
+    tl.store(moments, count)
+    tl.store(moments + 1, mean)
+    tl.store(moments + 2, m2)
 
 
 @triton.jit
-def _first_launch(CHOSEN, REJECTED, BETA, SUMS, FINISHED, n, beta, BLOCK: tl.constexpr):
-    """SUMS [4, programs]; a program takes every programs-th block of pairs, from its own number on."""
-    if BETA is not None:
-        beta = tl.load(BETA)
-    p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
-    program, programs = tl.program_id(0), tl.num_programs(0)
+def _statistics_kernel(chosen, rejected, beta_ptr, partials, done_counter, n, beta, BLOCK: tl.constexpr):
+    """Write the partial sums [4, P] of P programs and reset the counter: the first of two launches.
+
+    This is a grid-stride loop: program p takes the blocks of pairs p, p + P, p + 2P, ...
+    """
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr)
+    pivot = _pivot_score(chosen, rejected, n, beta)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     sum1 = tl.zeros((), tl.float64)
     sum2 = tl.zeros((), tl.float64)
-    largest = tl.zeros((), tl.float32)
-    magnitude = tl.zeros((), tl.float32)
-    for block in range(program, tl.cdiv(n, BLOCK), programs):
+    max_score = tl.zeros((), tl.float32)
+    input_scale = tl.zeros((), tl.float32)
+    for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
-        pairs = _load_pairs(CHOSEN, REJECTED, i, mask, beta)
-        sums = _sums(pairs[0], p, pairs[1], mask)
-        sum1 += sums[0]
-        sum2 += sums[1]
-        largest = tl.maximum(largest, sums[2])
-        magnitude = tl.maximum(magnitude, sums[3])
-    tl.store(SUMS + program, sum1)
-    tl.store(SUMS + programs + program, sum2)
-    tl.store(SUMS + 2 * programs + program, largest.to(tl.float64))
-    tl.store(SUMS + 3 * programs + program, magnitude.to(tl.float64))
+        pairs = _load_pairs(chosen, rejected, i, mask, beta)
+        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], mask)
+        sum1 += partial_sums[0]
+        sum2 += partial_sums[1]
+        max_score = tl.maximum(max_score, partial_sums[2])
+        input_scale = tl.maximum(input_scale, partial_sums[3])
+    tl.store(partials + program, sum1)
+    tl.store(partials + num_programs + program, sum2)
+    tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
+    tl.store(partials + 3 * num_programs + program, input_scale.to(tl.float64))
     if program == 0:
-        tl.store(FINISHED, 0)
+        tl.store(done_counter, 0)
 
 
 @triton.jit
-def _second_launch(CHOSEN, REJECTED, STATISTICS, BETA, SUMS, FINISHED, TOTALS, OUT, n, beta, eps, scale, sums,
-                   PER_PAIR: tl.constexpr, PAPER: tl.constexpr, NORMALIZE: tl.constexpr, EXP: tl.constexpr,
-                   CLIP: tl.constexpr, OVER_ALL: tl.constexpr, RANKS: tl.constexpr, MOST_SUMS: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    """TOTALS [programs, 16]; a program takes blocks as in the first launch, the last to finish adds up the totals."""
-    if BETA is not None:
-        beta = tl.load(BETA)
-    p = _score_of_pair_0(CHOSEN, REJECTED, n, beta)
-    q = tl.arange(0, MOST_SUMS)
-    sum1 = tl.sum(tl.load(SUMS + q, mask=q < sums, other=0.0))
-    sum2 = tl.sum(tl.load(SUMS + sums + q, mask=q < sums, other=0.0))
-    largest = tl.max(tl.load(SUMS + 2 * sums + q, mask=q < sums, other=0.0)).to(tl.float32)
-    magnitude = tl.max(tl.load(SUMS + 3 * sums + q, mask=q < sums, other=0.0)).to(tl.float32)
-    count, mu, sigma = _statistics(STATISTICS, p, sum1, sum2, n, RANKS)
-    if OVER_ALL:
+def _loss_kernel(
+    chosen,
+    rejected,
+    statistics,
+    beta_ptr,
+    partials,
+    done_counter,
+    program_totals,
+    out,
+    n,
+    beta,
+    eps,
+    scale,
+    num_partials,
+    PER_PAIR: tl.constexpr,
+    PAPER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXP: tl.constexpr,
+    CLIP: tl.constexpr,
+    MEAN_OVER_RANKS: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+    MAX_PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute everything from the partial sums [4, num_partials]: the second of two launches.
+
+    The loop is that of the first launch. Every program writes its totals to `program_totals` [P, 16], and the last one
+    to be done adds them up.
+    """
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr)
+    pivot = _pivot_score(chosen, rejected, n, beta)
+    q = tl.arange(0, MAX_PARTIALS)
+    sum1 = tl.sum(tl.load(partials + q, mask=q < num_partials, other=0.0))
+    sum2 = tl.sum(tl.load(partials + num_partials + q, mask=q < num_partials, other=0.0))
+    max_score = tl.max(tl.load(partials + 2 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
+    input_scale = tl.max(tl.load(partials + 3 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
+    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
+    if MEAN_OVER_RANKS:
         scale = scale / tl.maximum(count, 1.0).to(tl.float32)
 
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, 16)
-    nothing = tl.where(k == LARGEST_MARGIN, -INF, 0.0)
-    totals = nothing
-    for block in range(program, tl.cdiv(n, BLOCK), programs):
+    no_pairs = tl.where(k == MAX_MARGIN, -INF, 0.0)
+    totals = no_pairs
+    for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
-        more = _block_of_pairs(
-            _load_pairs(CHOSEN, REJECTED, i, mask, beta), i, mask, mu + 0 * sum1, sigma, magnitude, largest, n, beta,
-            eps, scale, OUT, PER_PAIR, PAPER, NORMALIZE, EXP, CLIP,
-        )  # fmt: skip
-        totals = _added(totals, more)
-    tl.store(TOTALS + program * 16 + k, totals)
+        block_totals = _block_totals(
+            _load_pairs(chosen, rejected, i, mask, beta),
+            i,
+            mask,
+            mu + 0 * sum1,  # NaN if a score is NaN, also where the mean is supplied
+            sigma,
+            input_scale,
+            max_score,
+            n,
+            beta,
+            eps,
+            scale,
+            out,
+            PER_PAIR,
+            PAPER,
+            NORMALIZE,
+            EXP,
+            CLIP,
+        )
+        totals = _add_totals(totals, block_totals)
+    tl.store(program_totals + program * 16 + k, totals)
 
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    if tl.atomic_add(FINISHED, 1, sem="acq_rel") == programs - 1:
-        totals = nothing
-        for row in range(0, programs, 64):
-            rows = row + tl.arange(0, 64)[:, None]
-            some = tl.load(TOTALS + rows * 16 + k[None, :], mask=rows < programs, cache_modifier=".cg")
-            some = tl.where(rows < programs, some, nothing[None, :])
-            totals = _added(totals, tl.where(k == LARGEST_MARGIN, tl.max(some, axis=0), tl.sum(some, axis=0)))
-        _finish(totals, mu, sigma, count, n, scale, OUT, PER_PAIR)
+    tl.debug_barrier()  # all threads must have stored their totals before one of them counts this program as done
+    if tl.atomic_add(done_counter, 1, sem="acq_rel") == num_programs - 1:
+        totals = no_pairs
+        for first_row in range(0, num_programs, 64):
+            row = first_row + tl.arange(0, 64)[:, None]
+            rows = tl.load(
+                program_totals + row * 16 + k[None, :],
+                mask=row < num_programs,
+                cache_modifier=".cg",  # the L1 cache may hold what was there before the other programs wrote
+            )
+            rows = tl.where(row < num_programs, rows, no_pairs[None, :])
+            totals = _add_totals(totals, tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0)))
+        _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR)
 
 
-# --------------------------------------------------------------------------------------------------- their launch
+# The launch. The arguments are flat because the schema of a PyTorch operator asks for it.
 
 
 def _launch(
-    chosen_logps: Tensor, rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
-    chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
-    mean: Tensor | None, std: Tensor | None, moments: Tensor | None,
-    beta_on_device: Tensor | None, beta: float, label_smoothing: float,
-    paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str, with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, gradient, margins, summary, mean and std, number of pairs; their shapes are in `_outputs`."""
-    out = _outputs(chosen_logps, reduction, with_gradient)
-    loss, gradient, margins, summary, mean_and_std, count = out
+    chosen_logps: Tensor,  # [n], like the five that follow
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    mean: Tensor | None,  # 0-dim, supplied statistics
+    std: Tensor | None,  # 0-dim
+    rank_moments: Tensor | None,  # [ranks, 3]
+    beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
+    beta: float,
+    label_smoothing: float,
+    paper: bool,
+    normalize: bool,
+    exponential: bool,
+    clip: bool,
+    reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels and return the fields of `Outputs`; the gradient is empty without `with_gradient`."""
+    outputs = _allocate_outputs(chosen_logps, reduction, with_gradient)
+    loss, gradient, margins, summary_values, mean_and_std, num_pairs = outputs
+    out = Outputs(loss, gradient if with_gradient else None, margins, summary_values, mean_and_std, num_pairs)
     n = len(margins)
     chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
-    ranks = 1 if moments is None else len(moments)
-    statistics = (mean, std, moments, ranks)
-    over_all = reduction == "mean" and moments is not None
-    scale = ranks if over_all else 1 / max(n, 1) if reduction == "mean" else 1
+    num_ranks = 1 if rank_moments is None else len(rank_moments)
+    statistics = Statistics(mean, std, rank_moments, num_ranks)
+    mean_over_ranks = reduction == "mean" and rank_moments is not None
+    # With ranks, the kernel divides by the number of pairs of all ranks, which only the device knows.
+    scale = num_ranks if mean_over_ranks else 1 / max(n, 1) if reduction == "mean" else 1
     numbers = (n, beta, label_smoothing, float(scale))
-    options = {
-        "PER_PAIR": reduction == "none", "PAPER": paper, "NORMALIZE": normalize, "EXP": exponential, "CLIP": clip,
-        "OVER_ALL": over_all, "RANKS": triton.next_power_of_2(ranks), "enable_fp_fusion": False,
-    }  # fmt: skip
-    pointers = (loss, gradient if with_gradient else None, margins, summary, mean_and_std, count)
-    with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, the tensors may be on another
-        if n <= ONE_LAUNCH:
+    constants = {
+        "PER_PAIR": reduction == "none",
+        "PAPER": paper,
+        "NORMALIZE": normalize,
+        "EXP": exponential,
+        "CLIP": clip,
+        "MEAN_OVER_RANKS": mean_over_ranks,
+        "BLOCK_RANKS": triton.next_power_of_2(num_ranks),
+        "enable_fp_fusion": False,
+    }
+    with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, not on that of the tensors
+        if n <= MAX_PAIRS_ONE_LAUNCH:
             block = max(128, triton.next_power_of_2(n))
-            _one_launch[(1,)](
-                chosen, rejected, statistics, beta_on_device, pointers, *numbers, **options,
-                BLOCK=block, num_warps=min(max(block // 512, 1), 16),
-            )  # fmt: skip
-            return out
-        sums, programs = (min(triton.cdiv(n, TILE), most) for most in (FIRST_PROGRAMS, SECOND_PROGRAMS))
-        partial_sums = margins.new_empty((4, sums), dtype=torch.float64)
-        totals = margins.new_empty((programs, 16))
-        finished = margins.new_empty((), dtype=torch.int32)
-        _first_launch[(sums,)](
-            chosen, rejected, beta_on_device, partial_sums, finished, n, beta, BLOCK=TILE, num_warps=8,
+            num_warps = min(max(block // 512, 1), 16)
+            _one_launch_kernel[(1,)](
+                chosen, rejected, statistics, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
+            )
+            return outputs
+        num_partials, num_programs = (
+            min(triton.cdiv(n, BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
+        )
+        partials = margins.new_empty((4, num_partials), dtype=torch.float64)
+        program_totals = margins.new_empty((num_programs, 16))
+        done_counter = margins.new_empty((), dtype=torch.int32)
+        _statistics_kernel[(num_partials,)](
+            chosen,
+            rejected,
+            beta_tensor,
+            partials,
+            done_counter,
+            n,
+            beta,
+            BLOCK=BLOCK_PAIRS,
+            num_warps=8,
             enable_fp_fusion=False,
-        )  # fmt: skip
-        _second_launch[(programs,)](
-            chosen, rejected, statistics, beta_on_device, partial_sums, finished, totals, pointers, *numbers, sums,
-            **options, MOST_SUMS=FIRST_PROGRAMS, BLOCK=TILE, num_warps=8,
-        )  # fmt: skip
-    return out
+        )
+        _loss_kernel[(num_programs,)](
+            chosen,
+            rejected,
+            statistics,
+            beta_tensor,
+            partials,
+            done_counter,
+            program_totals,
+            out,
+            *numbers,
+            num_partials,
+            **constants,
+            MAX_PARTIALS=MAX_STATISTICS_PROGRAMS,
+            BLOCK=BLOCK_PAIRS,
+            num_warps=8,
+        )
+    return outputs
 
 
 def _launch_moments(
-    chosen_logps: Tensor, rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None, ref_rejected_logps: Tensor | None,
-    chosen_lengths: Tensor | None, rejected_lengths: Tensor | None,
-    beta_on_device: Tensor | None, beta: float,
-) -> Tensor:  # fmt: skip
-    """[3] float64: what `_moments` stores."""
+    chosen_logps: Tensor,  # [n], like the five that follow
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
+    beta: float,
+) -> Tensor:
+    """Return the moments [3] of the scores in float64: count, mean and M2."""
     chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
     out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
     with torch.cuda.device_of(chosen_logps):
-        _moments[(1,)](chosen, rejected, beta_on_device, out, n, beta, BLOCK=TILE, num_warps=8, enable_fp_fusion=False)
+        _moments_kernel[(1,)](
+            chosen, rejected, beta_tensor, out, n, beta, BLOCK=BLOCK_PAIRS, num_warps=8, enable_fp_fusion=False
+        )
     return out
 
 
-def _outputs(
-    logps: Tensor, reduction: str, with_gradient: bool
+def _allocate_outputs(
+    logps: Tensor,  # [n]
+    reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, empty = logps.shape[0], partial(torch.empty, dtype=torch.float32, device=logps.device)
     return (
@@ -430,12 +624,17 @@ def _outputs(
     )
 
 
-def _side(*tensors: Tensor | None) -> tuple[Tensor | int | None, ...]:
-    """Each tensor with its stride."""
-    return tuple(x for tensor in tensors for x in (tensor, 0 if tensor is None else tensor.stride(0)))
+def _side(
+    logps: Tensor,  # [n], like the two that follow
+    ref: Tensor | None,
+    lengths: Tensor | None,
+) -> Side:
+    ref_stride = 0 if ref is None else ref.stride(0)
+    lengths_stride = 0 if lengths is None else lengths.stride(0)
+    return Side(logps, logps.stride(0), ref, ref_stride, lengths, lengths_stride)
 
 
-# ---------------------------------------------------------------------------------- the operator, and its gradient
+# The operators and their gradient.
 
 _library = torch.library.Library("amapo_loss", "FRAGMENT")
 _library.define("pair_loss" + torch.library.infer_schema(_launch, mutates_args=()))
@@ -446,16 +645,17 @@ _library.impl("moments", _launch_moments, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("amapo_loss::pair_loss", lib=_library)
 def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(chosen_logps, *arguments[-2:])
+    reduction, with_gradient = arguments[-2:]
+    return _allocate_outputs(chosen_logps, reduction, with_gradient)
 
 
 @torch.library.register_fake("amapo_loss::moments", lib=_library)
-def _(chosen_logps: Tensor, *arguments: Any) -> Tensor:
+def _(chosen_logps: Tensor, *_: Any) -> Tensor:
     return torch.empty(3, dtype=torch.float64, device=chosen_logps.device)
 
 
 class _PairLoss(torch.autograd.Function):
-    """The operator; backward only scales the gradient that it computed."""
+    """The operator under autograd. It has computed the gradient already, and backward only scales it."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -468,31 +668,35 @@ class _PairLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        unused = (None,) * 18
-        if upstream is None:
-            return unused
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+        no_gradients = (None,) * 18
+        if grad_output is None:
+            return no_gradients
         gradient, *logps = ctx.saved_tensors
-        chosen, rejected = _Scaled.apply(gradient, upstream, *logps).unbind()
+        grad_chosen, grad_rejected = _ScaledGradient.apply(gradient, grad_output, *logps).unbind()
         needed = ctx.needs_input_grad
         return (
-            chosen.to(logps[0].dtype) if needed[0] else None,
-            rejected.to(logps[1].dtype) if needed[1] else None,
-            -chosen.to(logps[2].dtype) if needed[2] else None,
-            -rejected.to(logps[3].dtype) if needed[3] else None,
-            *unused[4:],
+            grad_chosen.to(logps[0].dtype) if needed[0] else None,
+            grad_rejected.to(logps[1].dtype) if needed[1] else None,
+            -grad_chosen.to(logps[2].dtype) if needed[2] else None,
+            -grad_rejected.to(logps[3].dtype) if needed[3] else None,
+            *no_gradients[4:],
         )
 
 
-class _Scaled(torch.autograd.Function):
-    """The product of a saved gradient with the one from upstream; sees the log-probs, to refuse a second derivative."""
+class _ScaledGradient(torch.autograd.Function):
+    """The saved gradient times the gradient of the output. It depends on the log-probs, to refuse their second one."""
 
     @staticmethod
     def forward(
-        gradient: Tensor, upstream: Tensor,
-        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        return gradient * upstream
+        gradient: Tensor,  # [2, n]
+        grad_output: Tensor,  # 0-dim, or [n]
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+    ) -> Tensor:
+        return gradient * grad_output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -503,40 +707,56 @@ class _Scaled(torch.autograd.Function):
         raise RuntimeError("backend='triton' has no second derivative: use backend='torch' for double backward")
 
 
-# ------------------------------------------------------------------------------------- what `amapo_loss` calls
+# What `amapo_loss` calls.
 
 
-# Chosen and rejected log-probs, the reference's, the lengths; in the order in which the operators take them.
-SixTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+class PairLossOutput(NamedTuple):
+    """The loss, differentiable in the log-probs, and everything else that the kernel has computed."""
 
-
-def moments(pairs: SixTensors, beta: float) -> Tensor:
-    """[3] float64: the number of scores, their mean, and the sum of squares about it."""
-    detached = (x if x is None else x.detach() for x in pairs)
-    result: Tensor = torch.ops.amapo_loss.moments.default(*detached, *_beta(beta, pairs[0].device))
-    return result
+    loss: Tensor  # 0-dim, or [n] with reduction="none"
+    margins: Tensor  # [n]
+    summary_values: Tensor  # [15]
+    mean: Tensor  # 0-dim float64: supplied, of all ranks if their moments are given, or of these pairs
+    std: Tensor  # 0-dim float64, likewise
+    num_pairs: Tensor  # 0-dim int64, of all ranks
 
 
 def pair_loss(
-    pairs: SixTensors, statistics: tuple[Tensor | None, Tensor | None], moments: Tensor | None, beta: float,
-    label_smoothing: float, paper: bool, normalize: bool, exponential: bool, clip: bool, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Of checked pairs [n] on one device: the loss, differentiable in the log-probs, margins [n] and summary [15].
-
-    Then the statistics: mean and standard deviation, float64, and number of pairs; of these pairs, or, with their
-    `moments` [ranks, 3], of those of all ranks. The first two may be supplied.
-    """
+    pairs: Pairs,
+    options: LossOptions,
+    statistics: ScoreStatistics | None,  # supplied by the caller
+    rank_moments: Tensor | None,  # [ranks, 3]
+) -> PairLossOutput:
+    """Compute the loss of checked pairs with an `AdaptiveMargin`."""
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs[:4])
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
-    loss, _, margins, summary, mean_and_std, count = run(
-        *pairs, *statistics, moments, *_beta(beta, pairs[0].device), label_smoothing,
-        paper, normalize, exponential, clip, reduction, with_gradient,
-    )  # fmt: skip
-    return loss, margins, summary, (mean_and_std[0], mean_and_std[1], count)
+    margin = options.margin
+    assert isinstance(margin, AdaptiveMargin)
+    loss, _, margins, summary_values, mean_and_std, num_pairs = run(
+        *pairs,
+        *((None, None) if statistics is None else statistics[:2]),
+        rank_moments,
+        *_beta_arguments(options.beta, pairs.chosen_logps.device),
+        options.label_smoothing,
+        margin.formula == "paper",
+        margin.normalize,
+        margin.scaling == "exp",
+        margin.clip,
+        options.reduction,
+        with_gradient,
+    )
+    return PairLossOutput(loss, margins, summary_values, mean_and_std[0], mean_and_std[1], num_pairs)
 
 
-def _beta(beta: float, device: torch.device) -> tuple[Tensor | None, float]:
-    """On the device where it is compiled: a number would be compiled in, and every other one compiled anew."""
+def moments(pairs: Pairs, beta: float) -> Tensor:
+    """Return the moments [3] of the scores in float64: count, mean and M2."""
+    device = pairs.chosen_logps.device
+    result: Tensor = torch.ops.amapo_loss.moments.default(*pairs.detached(), *_beta_arguments(beta, device))
+    return result
+
+
+def _beta_arguments(beta: float, device: torch.device) -> tuple[Tensor | None, float]:
+    """Return `beta_tensor` and `beta`. Under torch.compile, a number would recompile for every new beta."""
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * beta, 1.0
     return None, beta

@@ -1,6 +1,7 @@
-"""From a language model's logits, or from the hidden states before its head, to the log-probs of tokens and sequences.
+"""Log-probs of tokens and sequences, from a language model's logits or from the hidden states before its head.
 
-Checks, and what a sequence is; `amapo_loss.logps._linear_head` and `amapo_loss.logps._logits` compute.
+This file has the public functions, their argument checks and the reduction over a sequence. `_linear_head` and
+`_logits` compute the log-probs, both with the mathematics of `_online_lse`.
 """
 
 import torch
@@ -8,74 +9,94 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amapo_loss import _checks
-from amapo_loss.logps import _linear_head
+from amapo_loss.logps._linear_head import gather_rows, linear_logps
 from amapo_loss.logps._logits import logits_logps
+from amapo_loss.logps._online_lse import LogitTransform
 
 
 def sequence_logps(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, average: bool = True, shift: bool = True
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
 ) -> Tensor:
-    r"""The log-prob of each sequence of labels, $\frac{1}{|y|} \sum_t \log \mathrm{softmax}(x_t)_{y_t}$.
+    r"""Return the log-prob of each sequence of labels, $\frac{1}{|y|} \sum_t \log \mathrm{softmax}(x_t)_{y_t}$.
 
-    Holds nothing of the size of the logits but them and, in the backward pass and in their dtype, their gradient.
+    The only new tensor of the size of the logits is their gradient, in their dtype, in the backward pass.
 
     Args:
-        logits: [N, T, V] unnormalized, any floating dtype and strides; computed in float32 at least.
-        labels: [N, T] token ids, int64, on the device of `logits`.
-        ignore_index: the label of positions that do not count: prompt and padding.
-        average: divide the sum by the number of counted tokens, as AMaPO and SimPO train. `False` gives DPO's sums.
-        shift: the logits at t predict the label at t + 1, as causal language models return them. `False`: at t.
+        logits: [N, T, V] unnormalized log-probabilities, any floating dtype and any strides. They are computed in
+            float32, or in float64 if they are float64.
+        labels: [N, T] int64 token ids on the device of `logits`.
+        ignore_index: the label of positions that do not count, which are the prompt and the padding.
+        average: divide the sum by the number of counted tokens, as AMaPO and SimPO do. `False` returns the sums that
+            DPO takes.
+        shift: the logits at position t predict the label at t + 1, as causal language models return them. `False`: they
+            predict the label at t.
 
     Returns:
-        [N] in nats, float32 (float64 for float64 logits). A sequence without a counted token gives 0 and no gradient.
+        [N] log-probs in nats, float32 (float64 for float64 logits). A sequence without a counted token gives 0, with
+        gradient 0.
 
     Raises:
-        TypeError: if `logits` is no floating tensor or `labels` no int64 tensor.
-        ValueError: if their shapes or devices do not fit.
-        IndexError: for a counted label outside [0, V) on the CPU; on a GPU, PyTorch's device-side assertion.
+        TypeError: if `logits` is not a floating tensor or `labels` not an int64 tensor.
+        ValueError: if their shapes or devices do not match.
+        IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
 
     Example:
         >>> import torch
-        >>> logits = torch.zeros(1, 3, 4)  # uniform over four words
-        >>> sequence_logps(logits, torch.tensor([[-100, 2, 3]]))  # log(1/4) a token
+        >>> logits = torch.zeros(1, 3, 4)  # uniform over a vocabulary of 4
+        >>> sequence_logps(logits, torch.tensor([[-100, 2, 3]]))  # log(1/4) per token
         tensor([-1.3863])
         >>> sequence_logps(logits, torch.tensor([[-100, 2, 3]]), average=False)
         tensor([-2.7726])
 
     Source: arXiv 2405.14734, equation 3.
     """
-    _checks.floating("logits", logits)
-    _require_labels("logits", logits, "V", labels)
+    _checks.floating_tensor("logits", logits)
+    _check_labels("logits", logits, "V", labels)
     if shift:
-        labels = _shifted(labels, ignore_index)
-    return _of_sequences(logits_logps(logits, labels, ignore_index), labels != ignore_index, average)
+        labels = _shift_labels(labels, ignore_index)
+    return _reduce_tokens(logits_logps(logits, labels, ignore_index), labels != ignore_index, average)
 
 
 def linear_sequence_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *,
-    ignore_index: int = -100, average: bool = True, shift: bool = True, keep_bytes: int = 0,
-    logit_scale: float = 1.0, final_logit_softcapping: float | None = None,
-) -> Tensor:  # fmt: skip
-    r"""`sequence_logps` of the logits `hidden @ weight.T + bias`, which are never held.
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+) -> Tensor:
+    r"""Return `sequence_logps` of the logits `hidden @ weight.T + bias`, without ever holding these logits.
 
-    Only positions that count meet the head: they are gathered first, for which a GPU is waited for once, to know how
-    many there are. Otherwise see `linear_token_logps`.
+    Only positions that count meet the head. They are gathered first, which waits for a GPU once, to learn how many
+    there are. Everything else is as in `linear_token_logps`.
 
     Args:
-        hidden: [N, T, H] the last hidden states, what the language-model head is applied to.
-        weight: [V, H] that of the head.
-        labels: [N, T] token ids, int64.
-        bias: [V] that of the head, if it has one.
-        ignore_index: the label of positions that do not count: prompt and padding.
-        average: divide the sum by the number of counted tokens, as AMaPO and SimPO train. `False` gives DPO's sums.
-        shift: the hidden states at t predict the label at t + 1. `False`: at t.
-        keep_bytes: memory that a trainable head may use, from forward to backward, to be faster.
-        logit_scale: as the model multiplies its logits.
-        final_logit_softcapping: as the model caps them, after the scale.
+        hidden: [N, T, H] the last hidden states, which are the input of the language-model head.
+        weight: [V, H] weight of the head.
+        labels: [N, T] int64 token ids.
+        bias: [V] bias of the head, if it has one.
+        ignore_index: the label of positions that do not count, which are the prompt and the padding.
+        average: divide the sum by the number of counted tokens, as AMaPO and SimPO do. `False` returns the sums that
+            DPO takes.
+        shift: the hidden states at position t predict the label at t + 1. `False`: they predict the label at t.
+        keep_bytes: see `linear_token_logps`.
+        logit_scale: see `linear_token_logps`.
+        final_logit_softcapping: see `linear_token_logps`.
 
     Returns:
-        [N] in nats, float32 (float64 for float64 input). A sequence without a counted token gives 0 and no gradient.
+        [N] log-probs in nats, float32 (float64 for float64 input). A sequence without a counted token gives 0, with
+        gradient 0.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `linear_token_logps` does.
@@ -83,61 +104,79 @@ def linear_sequence_logps(
     Example:
         >>> import torch
         >>> head = torch.nn.Linear(8, 4, bias=False)
-        >>> hidden, labels = torch.zeros(1, 3, 8), torch.tensor([[-100, 2, 3]])  # its logits are 0: uniform
+        >>> hidden, labels = torch.zeros(1, 3, 8), torch.tensor([[-100, 2, 3]])  # the logits are 0: uniform
         >>> linear_sequence_logps(hidden, head.weight, labels)
         tensor([-1.3863], grad_fn=<DivBackward0>)
 
     Source: arXiv 2405.14734, equation 3.
     """
-    _checks.floating("hidden", hidden)
-    _require_labels("hidden", hidden, "H", labels)
+    _checks.floating_tensor("hidden", hidden)
+    _check_labels("hidden", hidden, "H", labels)
     if shift:
-        labels = _shifted(labels, ignore_index)
+        labels = _shift_labels(labels, ignore_index)
     counted = labels != ignore_index
-    at = counted.flatten().nonzero().squeeze(1)
-    tokens = linear_token_logps(
-        _linear_head.taken(hidden.flatten(0, 1), at), weight, labels.flatten().index_select(0, at), bias,
-        keep_bytes=keep_bytes, logit_scale=logit_scale, final_logit_softcapping=final_logit_softcapping,
-    )  # fmt: skip
-    return _of_sequences(tokens.new_zeros(labels.numel()).index_copy(0, at, tokens), counted, average)
+    index = counted.flatten().nonzero().squeeze(1)
+    token_logps = linear_token_logps(
+        gather_rows(hidden.flatten(0, 1), index),
+        weight,
+        labels.flatten().index_select(0, index),
+        bias,
+        keep_bytes=keep_bytes,
+        logit_scale=logit_scale,
+        final_logit_softcapping=final_logit_softcapping,
+    )
+    all_logps = token_logps.new_zeros(labels.numel()).index_copy(0, index, token_logps)
+    return _reduce_tokens(all_logps, counted, average)
 
 
 def linear_token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, keep_bytes: int = 0,
-    logit_scale: float = 1.0, final_logit_softcapping: float | None = None,
-) -> Tensor:  # fmt: skip
-    r"""The log-prob of each target under a language model's head, $\log \mathrm{softmax}(f(W h_i + b))_{y_i}$.
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+) -> Tensor:
+    r"""Return the log-prob of each target under a language-model head, $\log \mathrm{softmax}(f(W h_i + b))_{y_i}$.
 
-    $$f(z) = c \tanh(s z / c), \quad s = \mathtt{logit\_scale}, \quad c = \mathtt{final\_logit\_softcapping};
-      \qquad f(z) = s z \text{ without a cap}$$
+    $$f(z) = c \tanh(s z / c) \text{ with } s = \mathtt{logit\_scale}, \; c = \mathtt{final\_logit\_softcapping};
+      \qquad f(z) = s z \text{ without a softcap}$$
 
-    Without the [n, V] logits, whose tiles come and go, and with their exact gradient for any gradient from upstream:
-    the loss may couple tokens and sequences as it likes. Tiles and sums are float32 at least, whatever the inputs are.
+    The [n, V] logits are never held; tiles of them are computed and dropped. The gradient is exact, for any gradient
+    per token from the loss, so that the loss may couple tokens and sequences in any way. Tiles and sums are float32,
+    or float64 for float64 input, whatever the dtype of the inputs.
 
-    With a `weight` and `bias` that need no gradient, forward makes that of `hidden` as well, and holds it instead of
-    `hidden`: two matrix products of n x V x H in all. (It is three where tiles of the weight have to be converted, from
-    float32 under autocast or on a CPU to float32.) Otherwise backward computes the tiles again: four products, and
-    nothing of [V, H] but the gradient. Without gradients it is one.
+    The cost is counted in matrix products of size n x V x H:
+
+    - 2 if `weight` and `bias` need no gradient. Forward then computes the gradient of `hidden` as well, and holds it
+      in place of `hidden`. It is 3 if the weight has to be converted: from float32 under autocast, or to float32 on a
+      CPU.
+    - 4 otherwise, since backward computes the tiles again. Nothing of size V x H is held but the weight's gradient.
+    - 1 if no gradient is needed.
 
     Args:
-        hidden: [n, H] any floating dtype.
-        weight: [V, H] in the dtype of `hidden`; under autocast, any.
-        targets: [n] token ids, int64, all of which count.
-        bias: [V] in the dtype of `weight`.
-        keep_bytes: memory that a trainable head may use, from forward to backward, to be faster: three products for the
-            tiles that it suffices for, in the dtype of the products; some V x n elements are all. A frozen head of that
-            dtype computes nothing twice and keeps nothing.
-        logit_scale: s, as Cohere's and Granite's models multiply their logits, which TRL calls by the same name.
-        final_logit_softcapping: c, as Gemma's models cap them, after the scale.
+        hidden: [n, H] hidden states, any floating dtype.
+        weight: [V, H] weight of the head, in the dtype of `hidden`. Under autocast, any floating dtype.
+        targets: [n] int64 token ids. All of them count.
+        bias: [V] bias of the head, in the dtype of `weight`, if the head has one.
+        keep_bytes: memory in bytes that a head with gradients may hold from forward to backward. Tiles that fit into it
+            are not computed again, so that they cost 3 products. About V x n elements of the dtype of the products
+            hold all tiles. Without gradients of `weight` or `bias`, and without conversion, it has no effect.
+        logit_scale: $s$, the factor by which the model multiplies its logits (Cohere's `logit_scale`, 1 /
+            `logits_scaling` of Granite).
+        final_logit_softcapping: $c$, the bound at which the model caps its logits (Gemma), or None. The scale comes
+            first.
 
     Returns:
-        [n] in nats, float32 (float64 for float64 input).
+        [n] log-probs in nats, float32 (float64 for float64 input).
 
     Raises:
-        TypeError: for a `hidden`, `weight` or `bias` that is no floating tensor, `targets` that is no int64 tensor; a
-            `weight` or `bias` that is a DTensor; a number that is none.
-        ValueError: for shapes, dtypes or devices that do not fit, `keep_bytes` below 0, a softcap that is not above.
-        IndexError: for a target outside [0, V) on the CPU; on a GPU, PyTorch's device-side assertion.
+        TypeError: if `hidden`, `weight` or `bias` is not a floating tensor, `targets` not an int64 tensor, `weight` or
+            `bias` a DTensor, or one of the other arguments not a number.
+        ValueError: if shapes, dtypes or devices do not match, `keep_bytes` is negative, or the softcap not above 0.
+        IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
 
     Example:
@@ -148,54 +187,76 @@ def linear_token_logps(
         >>> expected = head(hidden).log_softmax(-1)[torch.arange(3), targets]
         >>> torch.allclose(logps, expected, atol=1e-5)
         True
+
+    Source: cross-entropy of a language model; the method is this library's own, see `docs/logps.md`.
     """
-    _require_head(hidden, weight, targets, bias)
-    _checks.whole("keep_bytes", keep_bytes, at_least=0)
+    _check_head(hidden, weight, targets, bias)
+    _checks.integer("keep_bytes", keep_bytes, at_least=0)
     _checks.number("logit_scale", logit_scale)
     if final_logit_softcapping is not None:
         _checks.number("final_logit_softcapping", final_logit_softcapping, above=0)
-    return _linear_head.linear_logps(hidden, weight, targets, bias, logit_scale, final_logit_softcapping, keep_bytes)
+    transform = LogitTransform(bias, logit_scale, final_logit_softcapping)
+    return linear_logps(hidden, weight, targets, transform, keep_bytes)
 
 
-def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    """At t, the label at t + 1. The labels move, not what predicts them: a slice of that would be copied."""
+def _shift_labels(
+    labels: Tensor,  # [N, T]
+    ignore_index: int,
+) -> Tensor:
+    """Return labels with the label of t + 1 at t. Shifting the logits instead would copy them."""
     return F.pad(labels[:, 1:], (0, labels.shape[1] and 1), value=ignore_index)
 
 
-def _of_sequences(token_logps: Tensor, counted: Tensor, average: bool) -> Tensor:
-    """[N] from [N * T] log-probs, 0 where they do not count."""
+def _reduce_tokens(
+    token_logps: Tensor,  # [N * T], 0 where a token does not count
+    counted: Tensor,  # [N, T]
+    average: bool,
+) -> Tensor:
+    """Return the sums or the averages [N] over the counted tokens of each sequence."""
     sums = token_logps.view_as(counted).sum(1)
     return sums / counted.sum(1).clamp(min=1) if average else sums
 
 
-def _require_labels(name: str, states: Tensor, last: str, labels: Tensor) -> None:
+def _check_labels(
+    name: str,
+    states: Tensor,  # [N, T, V] logits, or [N, T, H] hidden states
+    last_dim: str,
+    labels: Tensor,  # [N, T]
+) -> None:
     _checks.token_ids("labels", labels)
     if states.ndim != 3 or labels.shape != states.shape[:2]:
         raise ValueError(
-            f"{name} must be [N, T, {last}] and labels [N, T], "
+            f"{name} must be [N, T, {last_dim}] and labels [N, T], "
             f"got shapes {tuple(states.shape)} and {tuple(labels.shape)}"
         )
     if labels.device != states.device:
         raise ValueError(f"labels is on {labels.device}, expected the device of {name}, {states.device}")
 
 
-def _require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    _checks.floating("hidden", hidden)
+def _check_head(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+) -> None:
+    _checks.floating_tensor("hidden", hidden)
     _checks.token_ids("targets", targets)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, parameter in parameters.items():
-        _checks.floating(name, parameter)
-        _checks.no_dtensor(name, parameter)
+        _checks.floating_tensor(name, parameter)
+        _checks.not_dtensor(name, parameter)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"targets must be {tuple(hidden.shape[:1])}, one entry a hidden state, got shape {tuple(targets.shape)}"
+            f"targets must be {tuple(hidden.shape[:1])}, one entry per hidden state, got shape {tuple(targets.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be {tuple(weight.shape[:1])}, one entry a word, got shape {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must be {tuple(weight.shape[:1])}, one entry per vocabulary token, got shape {tuple(bias.shape)}"
+        )
     for name, tensor in {**parameters, "targets": targets}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of hidden, {hidden.device}")

@@ -1,14 +1,18 @@
-"""A language model's head without its logits: products with its weight, tile by tile, and their gradients.
+"""A language-model head without its logits: matrix products with the weight, tile by tile, and their gradients.
 
-Two ways, by what a gradient is wanted for. A *frozen* head (LoRA and the like) takes blocks of tokens by the whole
-vocabulary: forward makes a block's gradient, too, and backward only scales it: 2 matrix products in all. A *trainable*
-one takes all tokens by blocks of the vocabulary, in forward and again in backward, so that a block of the weight's
-gradient is one product, rounded once: 4 products, 3 for tiles that forward may keep. So does a frozen one whose weight
-has to be converted first, a block of it at a time: 3. Without a gradient it is 1.
+There are two ways, depending on which gradients are wanted.
 
-Products, and sums of products, are float32 at least: rounded to bfloat16 tile by tile they bias training, though the
-error of one step looks the same. Each way is an operator, opaque to torch.compile, with an autograd function around it.
-Knows tensors and `amapo_loss.logps._online_lse`.
+- A *frozen* head (LoRA on the body, for example) takes blocks of tokens by the whole vocabulary. Forward computes the
+  gradient of a block as well, and backward only scales it: 2 matrix products in all.
+- A *trainable* head takes all tokens by blocks of the vocabulary, in forward and again in backward. Each block of the
+  weight's gradient is then one product, which is rounded once: 4 products, or 3 for the tiles that forward may keep. A
+  frozen head whose weight has to be converted takes this way, too, and converts one block at a time: 3 products.
+
+Without gradients it is 1 product.
+
+Products, and sums of products, are at least float32. If every tile's product were rounded to bfloat16, training would
+be biased, although the error of a single step looks the same. Each way is a PyTorch operator, which torch.compile does
+not look into, with an autograd function around it. Depends only on torch and `amapo_loss.logps._online_lse`.
 """
 
 from math import log
@@ -18,74 +22,100 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amapo_loss._checks import computing_dtype
+from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
-from amapo_loss.logps._online_lse import Finish, Rows
+from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 
 
 def linear_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    target_ids: Tensor,  # [n]
+    transform: LogitTransform,
     keep_bytes: int,
-) -> Tensor:  # fmt: skip
-    """The log-probs [n] of `amapo_loss.logps.linear_token_logps`, whose arguments are checked."""
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    arguments = (hidden, weight, targets, bias, dtype, scale, softcap)
-    # Inside a forward of autograd, grad mode is always off; and what needs_input_grad says there ignores no_grad.
+) -> Tensor:
+    """Return the log-probs [n] of `amapo_loss.linear_token_logps`, which has checked the arguments."""
+    device, gemm_dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and gemm_dtype != torch.float64:
+        gemm_dtype = torch.get_autocast_dtype(device)
+    bias = transform.bias
+    arguments = (hidden, weight, target_ids, bias, gemm_dtype, transform.scale, transform.softcap)
+    # Decide here which gradients are wanted. Inside the forward of an autograd function, grad mode is always off, and
+    # ctx.needs_input_grad ignores no_grad.
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
-        target, others, *_ = _statistics(*arguments, 0)
-        return _online_lse.token_logps(target, others)
-    frozen = not trainable and weight.dtype == dtype == _factor(hidden[:0], dtype).dtype
-    logps: Tensor = (_Frozen.apply(*arguments) if frozen else _Trainable.apply(*arguments, keep_bytes))[0]
+        target_logit, lse_rest, *_ = _head_statistics(*arguments, 0)
+        return _online_lse.token_logps(target_logit, lse_rest)
+    needs_conversion = not (weight.dtype == gemm_dtype == _to_gemm_dtype(hidden[:0], gemm_dtype).dtype)
+    if trainable or needs_conversion:
+        outputs = _TrainableHead.apply(*arguments, keep_bytes)
+    else:
+        outputs = _FrozenHead.apply(*arguments)
+    logps: Tensor = outputs[0]
     return logps
 
 
-def taken(tensor: Tensor, at: Tensor) -> Tensor:
-    """Rows of a matrix, none of them twice."""
-    rows: Tensor = _Taken.apply(tensor, at)
+def gather_rows(
+    tensor: Tensor,  # [N, H]
+    index: Tensor,  # [n], without duplicates
+) -> Tensor:
+    """Return the rows [n, H] of a matrix at the index."""
+    rows: Tensor = _GatherRows.apply(tensor, index)
     return rows
 
 
-# --------------------------------------------------------------------------------------------------- a frozen head
+# A frozen head.
 
 
 @torch.library.custom_op("amapo_loss::frozen_head", mutates_args=())
-def _frozen(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    scale: float, softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probs [n], and the gradient of each in its hidden state [n, H]."""
-    _online_lse.require_within(targets, len(weight))
-    x, size = _factor(hidden, dtype), _online_lse.size(len(hidden), len(weight), hidden.device)
-    rows, wide, finish = Rows.of(targets, computing_dtype(x)), computing_dtype(x), Finish(bias, scale, softcap)
-    gradients = torch.empty_like(hidden)
-    tile = x.new_empty((size, len(weight)), dtype=wide)
-    for some in _online_lse.slices(len(x), size):
-        z, part = tile[: some.stop - some.start], rows.part(some)
-        z = _online_lse.finished(_multiply(z, x[some], weight.t()), finish)
-        _online_lse.add(part, z, 0, finish)
-        of_z = _narrow(z, x.dtype)
-        _online_lse.gradient(of_z, z, part, 0, finish, *_online_lse.coefficients(1.0, part, finish))
-        gradients[some] = _multiply(x.new_empty(x[some].shape, dtype=wide), of_z, weight)
-    return _online_lse.token_logps(rows.target, rows.others), gradients
+def _frozen_head(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    target_ids: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    gemm_dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [n], and the gradient of each with respect to its hidden state [n, H]."""
+    _online_lse.check_target_ids(target_ids, len(weight))
+    x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
+    acc_dtype = accumulation_dtype(x)
+    block_n = _online_lse.block_length(len(hidden), len(weight), hidden.device)
+    state = OnlineLSE.start(target_ids, acc_dtype)
+    grad_hidden = torch.empty_like(hidden)
+    tile = x.new_empty((block_n, len(weight)), dtype=acc_dtype)
+    for block in _online_lse.blocks(len(x), block_n):
+        block_state = state.select(block)
+        z = _mm_out(tile[: block.stop - block.start], x[block], weight.t())
+        z = _online_lse.apply_transform(z, transform)
+        _online_lse.update(block_state, z, 0, transform)
+        grad_z = _reinterpret_dtype(z, x.dtype)
+        coefficients = _online_lse.gradient_coefficients(1.0, block_state, transform)
+        _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
+        grad_hidden[block] = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
+    return _online_lse.token_logps(state.target_logit, state.lse_rest), grad_hidden
 
 
-@_frozen.register_fake
+@_frozen_head.register_fake
 def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape[0], dtype=computing_dtype(hidden)), torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)), torch.empty_like(hidden)
 
 
-class _Frozen(torch.autograd.Function):
-    """Saves gradients in place of hidden states and weight."""
+class _FrozenHead(torch.autograd.Function):
+    """Saves the gradient of the hidden states, and neither the hidden states nor the weight."""
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        scale: float, softcap: float | None,
-    ) -> Any:  # fmt: skip
-        return _frozen(hidden, weight, targets, bias, dtype, scale, softcap)
+        hidden: Tensor,  # the arguments of _frozen_head
+        weight: Tensor,
+        target_ids: Tensor,
+        bias: Tensor | None,
+        gemm_dtype: torch.dtype,
+        scale: float,
+        softcap: float | None,
+    ) -> Any:
+        return _frozen_head(hidden, weight, target_ids, bias, gemm_dtype, scale, softcap)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -95,99 +125,152 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
-        if upstream is None:
+    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> Any:
+        if grad_output is None:
             return (None,) * 7
-        (gradients,) = ctx.saved_tensors  # not scaled in place: backward may come again
-        return torch.mul(gradients, upstream.unsqueeze(1), out=torch.empty_like(gradients)), *(None,) * 6
+        (grad_hidden,) = ctx.saved_tensors
+        # Scaling in place would spoil a second backward pass through the same graph.
+        scaled = torch.mul(grad_hidden, grad_output.unsqueeze(1), out=torch.empty_like(grad_hidden))
+        return scaled, *(None,) * 6
 
 
-# ------------------------------------------------------------------------------------------------ a trainable head
+# A trainable head.
 
 
 @torch.library.custom_op("amapo_loss::head_statistics", mutates_args=())
-def _statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    scale: float, softcap: float | None, keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Target and others of the rows [n]; the shares in the first k tiles [k, n, words], of the others then [k, n]."""
-    _online_lse.require_within(targets, len(weight))
-    x, words = _factor(hidden, dtype), _online_lse.size(len(weight), len(hidden), hidden.device)
-    rows, wide = Rows.of(targets, computing_dtype(x)), computing_dtype(x)
-    kept, others = _kept(hidden, weight, dtype, keep_bytes)
-    one, zero = torch.ones_like(rows.others), torch.zeros_like(rows.others)
-    tile = x.new_empty((len(x), words), dtype=wide)
-    for k, block in enumerate(_online_lse.slices(len(weight), words)):
-        z, finish = tile[:, : block.stop - block.start], _finish(bias, scale, softcap, block)
-        z = _online_lse.finished(_multiply(z, x, _factor(weight[block], dtype).t()), finish)
-        _online_lse.add(rows, z, block.start, finish)
-        if k < len(kept):
-            # Whatever the others are so far, to the same digits: they differ by powers of 2.
-            others[k] = rows.others - rows.others.remainder(log(2))
-            seen = rows._replace(others=others[k])
-            _online_lse.gradient(kept[k, :, : z.shape[1]], z, seen, block.start, finish, -one, zero)
-    return rows.target, rows.others, kept, others
+def _head_statistics(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    target_ids: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    gemm_dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return target_logit and lse_rest [n] of all rows, and the first k tiles for backward.
+
+    A cached tile [n, block_v] holds exp(z_j - R) times the slope of the softcap, with a reference R [n] per tile.
+    """
+    _online_lse.check_target_ids(target_ids, len(weight))
+    x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
+    acc_dtype = accumulation_dtype(x)
+    block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
+    state = OnlineLSE.start(target_ids, acc_dtype)
+    cached_tiles, tile_lse = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
+    ones, zeros = torch.ones_like(state.lse_rest), torch.zeros_like(state.lse_rest)
+    tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
+    for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
+        block_transform = transform.columns(block)
+        z = _mm_out(tile[:, : block.stop - block.start], x, _to_gemm_dtype(weight[block], gemm_dtype).t())
+        z = _online_lse.apply_transform(z, block_transform)
+        _online_lse.update(state, z, block.start, block_transform)
+        if k < len(cached_tiles):
+            # Round the running log-sum-exp down to a multiple of ln 2, so that rescaling is by exact powers of two.
+            # Otherwise the rounding of a cached tile would depend on how many tiles came before it.
+            tile_lse[k] = state.lse_rest - state.lse_rest.remainder(log(2))
+            tile_state = state._replace(lse_rest=tile_lse[k])
+            cached_tile = cached_tiles[k, :, : z.shape[1]]
+            _online_lse.write_gradient(cached_tile, z, tile_state, block.start, block_transform, (-ones, zeros))
+    return state.target_logit, state.lse_rest, cached_tiles, tile_lse
 
 
-@_statistics.register_fake
+@_head_statistics.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    scale: float, softcap: float | None, keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    target, others = (hidden.new_empty(hidden.shape[0], dtype=computing_dtype(hidden)) for _ in range(2))
-    return target, others, *_kept(hidden, weight, dtype, keep_bytes)
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    gemm_dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target_logit, lse_rest = (hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)) for _ in range(2))
+    return target_logit, lse_rest, *_allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
 
 
 @torch.library.custom_op("amapo_loss::head_gradients", mutates_args=())
-def _gradients(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    scale: float, softcap: float | None, target: Tensor, others: Tensor, kept: Tensor, kept_others: Tensor,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """In `hidden`, `weight` and `bias`; empty for what needs none."""
-    x, words = _factor(hidden, dtype), _online_lse.size(len(weight), len(hidden), hidden.device)
-    rows, wide = Rows(targets, target, others), computing_dtype(x)
-    of_others, of_target = _online_lse.coefficients(upstream, rows, Finish(bias, scale, softcap))
-    of_hidden, of_weight, of_bias = _outputs(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-    of_x = x.new_zeros(of_hidden.shape, dtype=wide)
-    tile = x.new_empty((len(x), words), dtype=wide)
-    for k, block in enumerate(_online_lse.slices(len(weight), words)):
-        z, finish = tile[:, : block.stop - block.start], _finish(bias, scale, softcap, block)
-        w, of_z = _factor(weight[block], dtype), _narrow(z, x.dtype)
-        if k < len(kept):
-            since = of_others * torch.exp(kept_others[k] - others)
-            _online_lse.gradient(
-                of_z, kept[k, :, : z.shape[1]], rows, block.start, finish, since, of_target, shares=True
+def _head_gradients(
+    grad_output: Tensor,  # [n]
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    target_ids: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    gemm_dtype: torch.dtype,
+    scale: float,
+    softcap: float | None,
+    target_logit: Tensor,  # [n]
+    lse_rest: Tensor,  # [n]
+    cached_tiles: Tensor,  # [k, n, block_v]
+    tile_lse: Tensor,  # [k, n]
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients with respect to `hidden`, `weight` and `bias`; empty where none is needed."""
+    x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
+    acc_dtype = accumulation_dtype(x)
+    block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
+    state = OnlineLSE(target_ids, target_logit, lse_rest)
+    a, b = _online_lse.gradient_coefficients(grad_output, state, transform)
+    grad_hidden, grad_weight, grad_bias = _allocate_gradients(
+        hidden, weight, bias, needs_hidden, needs_weight, needs_bias
+    )
+    grad_x = x.new_zeros(grad_hidden.shape, dtype=acc_dtype)
+    tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
+    for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
+        z, block_transform = tile[:, : block.stop - block.start], transform.columns(block)
+        w, grad_z = _to_gemm_dtype(weight[block], gemm_dtype), _reinterpret_dtype(z, x.dtype)
+        if k < len(cached_tiles):
+            rescaled = (a * torch.exp(tile_lse[k] - lse_rest), b)
+            cached_tile = cached_tiles[k, :, : z.shape[1]]
+            _online_lse.write_gradient(
+                grad_z, cached_tile, state, block.start, block_transform, rescaled, z_is_exp=True
             )
         else:
-            z = _online_lse.finished(_multiply(z, x, w.t()), finish)
-            _online_lse.gradient(of_z, z, rows, block.start, finish, of_others, of_target)
+            z = _online_lse.apply_transform(_mm_out(z, x, w.t()), block_transform)
+            _online_lse.write_gradient(grad_z, z, state, block.start, block_transform, (a, b))
         if needs_hidden:
-            _add_product(of_x, of_z, w)
+            _addmm_out(grad_x, grad_z, w)
         if needs_weight:
-            of_weight[block] = _multiply(x.new_empty(w.shape, dtype=wide), of_z.t(), x)
+            grad_weight[block] = _mm_out(x.new_empty(w.shape, dtype=acc_dtype), grad_z.t(), x)
         if needs_bias:
-            of_bias[block] = of_z.sum(0, dtype=wide)
-    return of_hidden.copy_(of_x), of_weight, of_bias
+            grad_bias[block] = grad_z.sum(0, dtype=acc_dtype)
+    return grad_hidden.copy_(grad_x), grad_weight, grad_bias
 
 
-@_gradients.register_fake
+@_head_gradients.register_fake
 def _(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *arguments: Any
+    grad_output: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(hidden, weight, bias, *arguments[-3:])
+    needs_hidden, needs_weight, needs_bias = arguments[-3:]
+    return _allocate_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
 
 
-class _Trainable(torch.autograd.Function):
-    """Saves the hidden states, and what forward may keep."""
+class _TrainableHead(torch.autograd.Function):
+    """Saves the hidden states, the log-sum-exp, and the tiles that forward may keep."""
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, dtype: torch.dtype,
-        scale: float, softcap: float | None, keep_bytes: int,
-    ) -> Any:  # fmt: skip
-        target, others, *kept = _statistics(hidden, weight, targets, bias, dtype, scale, softcap, keep_bytes)
-        return _online_lse.token_logps(target, others), target, others, *kept
+        hidden: Tensor,  # the arguments of _head_statistics
+        weight: Tensor,
+        target_ids: Tensor,
+        bias: Tensor | None,
+        gemm_dtype: torch.dtype,
+        scale: float,
+        softcap: float | None,
+        keep_bytes: int,
+    ) -> Any:
+        target_logit, lse_rest, *cache = _head_statistics(
+            hidden, weight, target_ids, bias, gemm_dtype, scale, softcap, keep_bytes
+        )
+        return _online_lse.token_logps(target_logit, lse_rest), target_logit, lse_rest, *cache
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -198,27 +281,37 @@ class _Trainable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
-        if upstream is None:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+        if grad_output is None:
             return (None,) * 8
-        hidden, weight, targets, bias, *statistics = ctx.saved_tensors
+        hidden, weight, target_ids, bias, *statistics = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = _gradients(upstream, hidden, weight, targets, bias, *ctx.options, *statistics, *needed)
-        of_hidden, of_weight, of_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
-        return of_hidden, of_weight, None, of_bias, *(None,) * 4
+        gradients = _head_gradients(grad_output, hidden, weight, target_ids, bias, *ctx.options, *statistics, *needed)
+        grad_hidden, grad_weight, grad_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
+        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
 
 
-def _kept(hidden: Tensor, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> tuple[Tensor, Tensor]:
-    """Room for as many tiles [k, n, words], and their rows' others [k, n], as fit into so many bytes."""
-    n, vocabulary, wide = hidden.shape[0], weight.shape[0], computing_dtype(hidden)
-    words = _online_lse.size(vocabulary, n, hidden.device)
-    bytes_of_one = n * (words * dtype.itemsize + wide.itemsize)
-    k = _online_lse.least(keep_bytes // _online_lse.most(bytes_of_one, 1), -(-vocabulary // words))
-    return hidden.new_empty((k, n, words), dtype=dtype), hidden.new_empty((k, n), dtype=wide)
+def _allocate_cache(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    gemm_dtype: torch.dtype,
+    keep_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return memory for as many tiles [k, n, block_v], and their references [k, n], as fit into `keep_bytes`."""
+    n, vocab_size, acc_dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden)
+    block_v = _online_lse.block_length(vocab_size, n, hidden.device)
+    tile_bytes = n * (block_v * gemm_dtype.itemsize + acc_dtype.itemsize)
+    k = torch.sym_min(keep_bytes // torch.sym_max(tile_bytes, 1), -(-vocab_size // block_v))
+    return hidden.new_empty((k, n, block_v), dtype=gemm_dtype), hidden.new_empty((k, n), dtype=acc_dtype)
 
 
-def _outputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_hidden: bool, needs_weight: bool, needs_bias: bool
+def _allocate_gradients(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
@@ -227,55 +320,62 @@ def _outputs(
     )
 
 
-# -------------------------------------------------------------------------------------------------------- products
+# Matrix products.
 
 
-def _finish(bias: Tensor | None, scale: float, softcap: float | None, block: slice) -> Finish:
-    return Finish(None if bias is None else bias[block], scale, softcap)
+def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:
+    """Return the tensor rounded to `gemm_dtype`, in the dtype that products with float32 accumulation need.
+
+    On a GPU this is `gemm_dtype` itself. Elsewhere it is at least float32, because a product of bfloat16 tensors would
+    round its result to bfloat16.
+    """
+    tensor = tensor.to(gemm_dtype)
+    return tensor if _online_lse.uses_triton(tensor) else tensor.to(accumulation_dtype(tensor))
 
 
-def _factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to `dtype`. A GPU adds up products of such in float32; elsewhere they have to be float32 themselves."""
-    tensor = tensor.to(dtype)
-    return tensor if _online_lse.in_triton(tensor) else tensor.to(computing_dtype(tensor))
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The product into `out`, in its precision."""
+def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Write a @ b to `out`, accumulated in the dtype of `out`."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The product onto `out`, in its precision."""
+def _addmm_out(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a @ b to `out`, accumulated in the dtype of `out`."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out)
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
-def _narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of a tile, for as many elements of `dtype`."""
+def _reinterpret_dtype(
+    z: Tensor,  # [n, v]
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the memory of a tile as elements of `dtype` [n, v], which are of the same size or smaller."""
     return z.view(dtype)[:, : z.shape[1]]
 
 
-# ------------------------------------------------------------------------------------------ the tokens that count
+# The tokens that count.
 
 
-class _Taken(torch.autograd.Function):
-    """`index_select`, whose own gradient would be copied once more, for rows that are taken once."""
+class _GatherRows(torch.autograd.Function):
+    """`index_select` for an index without duplicates.
+
+    Its backward copies each row once. That of `index_select` has to add, because there a row may be taken twice.
+    """
 
     @staticmethod
-    def forward(tensor: Tensor, at: Tensor) -> Tensor:
-        return tensor.index_select(0, at)
+    def forward(tensor: Tensor, index: Tensor) -> Tensor:
+        return tensor.index_select(0, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.rows = inputs[0].shape[0]
+        ctx.num_rows = inputs[0].shape[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        (at,) = ctx.saved_tensors
-        return upstream.new_zeros((ctx.rows, *upstream.shape[1:])).index_copy_(0, at, upstream), None
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        grad_tensor = grad_output.new_zeros((ctx.num_rows, *grad_output.shape[1:]))
+        return grad_tensor.index_copy_(0, index, grad_output), None

@@ -1,7 +1,7 @@
-"""Log-probs from logits that are there already; nothing else of their size is made but their gradient.
+"""Log-probs from logits that exist already. The only new tensor of their size is their gradient.
 
-As in `amapo_loss.logps._linear_head`, operators that torch.compile does not look into, and an autograd function around them. Knows
-tensors and `amapo_loss.logps._online_lse`.
+As in `amapo_loss.logps._linear_head`, the work is done in operators that torch.compile does not look into, with an
+autograd function around them. Depends only on torch and `amapo_loss.logps._online_lse`.
 """
 
 from collections.abc import Iterable
@@ -11,71 +11,90 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amapo_loss._checks import computing_dtype
+from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
-from amapo_loss.logps._online_lse import Finish, Rows
+from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
+
+NO_TRANSFORM = LogitTransform()
 
 
-def logits_logps(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The log-prob [N * T] of each label, 0 where it does not count, from checked [N, T, V] and [N, T]."""
+def logits_logps(
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    ignore_index: int,
+) -> Tensor:
+    """Return the log-prob [N * T] of each label, 0 where the label is `ignore_index`."""
     if torch.is_grad_enabled() and logits.requires_grad:
-        result: Tensor = _Logits.apply(logits, labels, ignore_index)[0]
+        result: Tensor = _LogitsLogps.apply(logits, labels, ignore_index)[0]
         return result
     return _online_lse.token_logps(*_logit_statistics(logits, labels, ignore_index))
 
 
 @torch.library.custom_op("amapo_loss::logit_statistics", mutates_args=())
-def _logit_statistics(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The columns of `Rows`, target and others, of logits [N, T, V]."""
-    _online_lse.require_within(torch.where(labels != ignore_index, labels, 0).flatten(), logits.shape[2])
-    rows = Rows.of(_rows_that_count(labels, ignore_index), computing_dtype(logits))
-    if _online_lse.in_triton(logits):
-        _online_lse.add(rows, logits, 0, Finish())
-        return rows.target, rows.others
-    for at in _blocks(rows, logits):
-        part = rows.part(at)
-        _online_lse.add(part, _copied(logits, at, part.target.dtype), 0, Finish())
-        rows.target[at], rows.others[at] = part.target, part.others
-    return rows.target, rows.others
+def _logit_statistics(
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Return target_logit and lse_rest [N * T]."""
+    _online_lse.check_target_ids(torch.where(labels != ignore_index, labels, 0).flatten(), logits.shape[2])
+    state = OnlineLSE.start(_target_ids(labels, ignore_index), accumulation_dtype(logits))
+    if _online_lse.uses_triton(logits):
+        _online_lse.update(state, logits, 0, NO_TRANSFORM)
+        return state.target_logit, state.lse_rest
+    for rows in _counted_blocks(state, logits):
+        block_state = state.select(rows)
+        _online_lse.update(block_state, _copy_rows(logits, rows, state.lse_rest.dtype), 0, NO_TRANSFORM)
+        state.target_logit[rows], state.lse_rest[rows] = block_state.target_logit, block_state.lse_rest
+    return state.target_logit, state.lse_rest
 
 
 @_logit_statistics.register_fake
 def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    target, others = (logits.new_empty(labels.numel(), dtype=computing_dtype(logits)) for _ in range(2))
-    return target, others
+    target_logit, lse_rest = (logits.new_empty(labels.numel(), dtype=accumulation_dtype(logits)) for _ in range(2))
+    return target_logit, lse_rest
 
 
 @torch.library.custom_op("amapo_loss::logit_gradient", mutates_args=())
 def _logit_gradient(
-    upstream: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, target: Tensor, others: Tensor
+    grad_output: Tensor,  # [N * T]
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    ignore_index: int,
+    target_logit: Tensor,  # [N * T]
+    lse_rest: Tensor,  # [N * T]
 ) -> Tensor:
-    """In `logits`; the only tensor of their size."""
-    rows = Rows(_rows_that_count(labels, ignore_index), target, others)
-    of_others, of_target = _online_lse.coefficients(upstream, rows, Finish())
-    if _online_lse.in_triton(logits):
+    """Return the gradient with respect to the logits."""
+    state = OnlineLSE(_target_ids(labels, ignore_index), target_logit, lse_rest)
+    a, b = _online_lse.gradient_coefficients(grad_output, state, NO_TRANSFORM)
+    if _online_lse.uses_triton(logits):
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        _online_lse.gradient(out, logits, rows, 0, Finish(), of_others, of_target)
+        _online_lse.write_gradient(out, logits, state, 0, NO_TRANSFORM, (a, b))
         return out
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    for at in _blocks(rows, logits):
-        z = _copied(logits, at, target.dtype)
-        _online_lse.gradient(z, z, rows.part(at), 0, Finish(), of_others[at], of_target[at])
-        out.view(-1, out.shape[2])[at] = z.to(out.dtype)
+    for rows in _counted_blocks(state, logits):
+        z = _copy_rows(logits, rows, lse_rest.dtype)
+        _online_lse.write_gradient(z, z, state.select(rows), 0, NO_TRANSFORM, (a[rows], b[rows]))
+        out.view(-1, out.shape[2])[rows] = z.to(out.dtype)
     return out
 
 
 @_logit_gradient.register_fake
-def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-class _Logits(torch.autograd.Function):
-    """Saves the logits, that is, nothing new."""
+class _LogitsLogps(torch.autograd.Function):
+    """Saves the logits, which exist anyway, and two numbers per label."""
 
     @staticmethod
-    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        target, others = _logit_statistics(logits, labels, ignore_index)
-        return _online_lse.token_logps(target, others), target, others
+    def forward(
+        logits: Tensor,  # the arguments of _logit_statistics
+        labels: Tensor,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        target_logit, lse_rest = _logit_statistics(logits, labels, ignore_index)
+        return _online_lse.token_logps(target_logit, lse_rest), target_logit, lse_rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -86,25 +105,34 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Any:
-        if upstream is None:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+        if grad_output is None:
             return None, None, None
         logits, labels, *statistics = ctx.saved_tensors
-        return _logit_gradient(upstream, logits, labels, ctx.ignore_index, *statistics), None, None
+        return _logit_gradient(grad_output, logits, labels, ctx.ignore_index, *statistics), None, None
 
 
-def _rows_that_count(labels: Tensor, ignore_index: int) -> Tensor:
-    """[N * T] the targets of `Rows`."""
+def _target_ids(labels: Tensor, ignore_index: int) -> Tensor:
+    """Return the target ids [N * T], with -1 for a label that does not count."""
     return torch.where(labels != ignore_index, labels, -1).flatten()
 
 
-def _blocks(rows: Rows, logits: Tensor) -> Iterable[Tensor]:
-    """The rows that count, as many at once as make a tile."""
-    at = (rows.targets >= 0).nonzero().squeeze(1)
-    blocks: Iterable[Tensor] = at.split(_online_lse.size(len(rows.targets), logits.shape[2], logits.device))
+def _counted_blocks(
+    state: OnlineLSE,
+    logits: Tensor,  # [N, T, V]
+) -> Iterable[Tensor]:
+    """Return blocks of the numbers of the rows that count; a block of rows by V columns makes a tile."""
+    counted = (state.target_ids >= 0).nonzero().squeeze(1)
+    block_n = _online_lse.block_length(len(state.target_ids), logits.shape[2], logits.device)
+    blocks: Iterable[Tensor] = counted.split(block_n)
     return blocks
 
 
-def _copied(logits: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
+def _copy_rows(
+    logits: Tensor,  # [N, T, V]
+    rows: Tensor,  # [n] numbers below N * T
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return a copy [n, V] of some rows, which may be overwritten."""
     length = max(logits.shape[1], 1)
-    return logits[at // length, at % length].to(dtype)
+    return logits[rows // length, rows % length].to(dtype)

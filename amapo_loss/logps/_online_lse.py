@@ -1,15 +1,20 @@
-r"""The log-softmax of rows of logits, a tile of their columns at a time. The mathematics in plain PyTorch.
+r"""The log-softmax of rows of logits, computed from one tile of vocabulary columns after the other, in plain PyTorch.
 
-Of a row with logits z and target y, everything is made of z_y and of the others' $L = \log \sum_{j \ne y} \exp z_j$:
+For a row with logits z and target y, two numbers carry everything: the target's logit z_y, and the log-sum-exp of the
+rest, $L = \log \sum_{j \ne y} \exp z_j$. From them
 
     log p_y = log sigmoid(z_y - L)                1 - p_y = sigmoid(L - z_y)
-    d log p_y / d z_j = (1 - p_y) * (1 where j = y, else -exp(z_j - L))
+    d log p_y / d z_j = (1 - p_y) * (1 if j = y, else -exp(z_j - L))
 
-Where p_y is near 1, as of most tokens after training, a sum that leaves the target out keeps 1 - p_y precise; what is
-left of 1 would not be. On a GPU, `kernels.online_lse` does the same in one pass over a tile. Knows tensors and the kernels.
+Most tokens have p_y near 1 after training. A sum over the rest keeps the digits of 1 - p_y there, and subtracting p_y
+from 1 would lose them. On a GPU, `amapo_loss.kernels.online_lse` does the same in one pass over a tile. Depends only on
+torch and the kernels.
+
+A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. The functions that take a tile may
+overwrite it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import inf, nan
 from typing import NamedTuple
 
@@ -19,142 +24,189 @@ from torch import Tensor
 
 from amapo_loss import kernels
 
-ELEMENTS = {"cpu": 2**23, "cuda": 2**26}  # of a tile: enough for fast products, few beside what a model holds
-MULTIPLE = 128  # of columns and rows, which matrix units like
-ROWS = 64  # of a tile on a CPU, the logsumexp of which is taken at once: it makes a copy
+# Elements in a tile: enough for fast matrix products, and little beside what a model holds.
+TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+BLOCK_MULTIPLE = 128  # blocks of rows and of columns have a multiple of this length, which matrix units are fastest at
+CPU_LSE_ROWS = 64  # rows whose log-sum-exp a CPU takes at once, because torch.logsumexp copies its input
 
 
-class Rows(NamedTuple):
-    """n rows of logits, as far as their columns have been seen."""
+class OnlineLSE(NamedTuple):
+    """The state of n rows after some of their columns: an online log-sum-exp that leaves the target out."""
 
-    targets: Tensor  # [n] int64: y, or -1 in a row that does not count
-    target: Tensor  # [n] z_y
-    others: Tensor  # [n] L
+    target_ids: Tensor  # [n] int64: y, or -1 in a row that does not count
+    target_logit: Tensor  # [n] z_y, or 0 as long as the column y has not been seen
+    lse_rest: Tensor  # [n] L over the columns seen so far
 
     @classmethod
-    def of(cls, targets: Tensor, dtype: torch.dtype) -> "Rows":
-        """Before the first column; a row that does not count stays like this: log-prob 0, and no gradient."""
-        nothing = torch.finfo(dtype).min  # not -inf, of which two have no difference
-        return cls(targets, torch.zeros_like(targets, dtype=dtype), torch.full_like(targets, nothing, dtype=dtype))
+    def start(cls, target_ids: Tensor, dtype: torch.dtype) -> "OnlineLSE":
+        """Return the state before the first column.
 
-    def part(self, rows: slice | Tensor) -> "Rows":
-        """Some of them; a slice stays in the same memory."""
-        return Rows(*(x[rows] for x in self))
+        A row that does not count stays in it, with log-prob 0 and gradient 0.
+        """
+        empty_sum = torch.finfo(dtype).min  # not -inf, because -inf - -inf is NaN
+        return cls(
+            target_ids,
+            torch.zeros_like(target_ids, dtype=dtype),
+            torch.full_like(target_ids, empty_sum, dtype=dtype),
+        )
+
+    def select(self, rows: slice | Tensor) -> "OnlineLSE":
+        """Return the state of some rows. With a slice it shares memory with this one."""
+        return OnlineLSE(*(x[rows] for x in self))
 
 
-class Finish(NamedTuple):
-    """From products to logits: z = cap(scale * (product + bias)), with cap(x) = softcap * tanh(x / softcap)."""
+class LogitTransform(NamedTuple):
+    """From matrix products to logits: z = cap(scale * (product + bias)), cap(x) = softcap * tanh(x / softcap)."""
 
     bias: Tensor | None = None  # [v]
     scale: float = 1.0
-    softcap: float | None = None
+    softcap: float | None = None  # None: cap(x) = x
 
     def slope(self, z: Tensor) -> Tensor | float:
-        """The derivative of cap, from its result."""
+        """Return the derivative of cap as a function of its result z."""
         return 1.0 if self.softcap is None else 1 - (z / self.softcap).square_()
 
-
-def token_logps(target: Tensor, others: Tensor) -> Tensor:
-    """[n] log p_y."""
-    return F.logsigmoid(target - others).masked_fill(target == inf, nan)  # of infinite logits nothing can be said
-
-
-def coefficients(upstream: Tensor | float, rows: Rows, finish: Finish) -> tuple[Tensor, Tensor]:
-    """Of each row's gradient [n]: what it has, negatively, of each share of the others, and what at the target."""
-    of_others = torch.sigmoid(rows.others - rows.target) * upstream * finish.scale
-    return of_others, of_others * finish.slope(rows.target)
+    def columns(self, block: slice) -> "LogitTransform":
+        """Return the transform of a block of columns."""
+        return self if self.bias is None else self._replace(bias=self.bias[block])
 
 
-def require_within(targets: Tensor, vocabulary: int) -> None:
-    """Every target is a column; else, an IndexError on a CPU, and on a GPU, for which none waits, its own assertion."""
-    if targets.device.type != "cpu":
-        targets.new_zeros(1).expand(vocabulary).gather(0, targets)  # asserts 0 <= y < V
-    elif targets.numel():
-        low, high = torch.aminmax(targets)
-        if low < 0 or high >= vocabulary:
-            raise IndexError(f"token ids must be in [0, {vocabulary}), got {int(low if low < 0 else high)}")
+def token_logps(
+    target_logit: Tensor,  # [n]
+    lse_rest: Tensor,  # [n]
+) -> Tensor:
+    """Return log p_y [n]. An infinite logit gives NaN, as its softmax is undefined."""
+    return F.logsigmoid(target_logit - lse_rest).masked_fill(target_logit == inf, nan)
 
 
-# A tile z [n, v] holds columns first, first + 1, ... of the rows. What adds it or takes its gradient may overwrite it.
+def gradient_coefficients(
+    grad_output: Tensor | float,  # [n]
+    state: OnlineLSE,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients (a, b) [n] of each row's gradient: dz_j = -a exp(z_j - L) for j != y, and dz_y = b.
+
+    Here dz is the gradient with respect to the products, so that a contains the scale. The slope of the softcap is in
+    b; for the other columns, `write_gradient` multiplies exp(z_j - L) by it.
+    """
+    a = torch.sigmoid(state.lse_rest - state.target_logit) * grad_output * transform.scale
+    return a, a * transform.slope(state.target_logit)
 
 
-def in_triton(tensor: Tensor) -> bool:
-    """Whether the kernels take tiles like this one. Their tiles are of products, which they finish on their way."""
+def check_target_ids(
+    target_ids: Tensor,  # [n]
+    vocab_size: int,
+) -> None:
+    """Raise IndexError for a target outside the vocabulary.
+
+    On a GPU this is PyTorch's device-side assertion, because raising here would have to wait for the device.
+    """
+    if target_ids.device.type != "cpu":
+        target_ids.new_zeros(1).expand(vocab_size).gather(0, target_ids)  # asserts 0 <= y < vocab_size
+    elif target_ids.numel():
+        low, high = torch.aminmax(target_ids)
+        if low < 0 or high >= vocab_size:
+            raise IndexError(f"token ids must be in [0, {vocab_size}), got {int(low if low < 0 else high)}")
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Return whether the kernels process tiles like this one."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and kernels.HAS_TRITON
 
 
-def finished(z: Tensor, finish: Finish) -> Tensor:
-    """A tile of products, in the same memory, as the functions below take it."""
-    if in_triton(z):
+def apply_transform(
+    z: Tensor,  # [n, v] matrix products
+    transform: LogitTransform,
+) -> Tensor:
+    """Turn a tile of matrix products into logits, in place. The kernels do this themselves when they read a tile."""
+    if uses_triton(z):
         return z
-    if finish.bias is not None:
-        z += finish.bias
-    if finish.scale != 1:
-        z *= finish.scale
-    if finish.softcap is not None:
-        z.div_(finish.softcap).tanh_().mul_(finish.softcap)
+    if transform.bias is not None:
+        z += transform.bias
+    if transform.scale != 1:
+        z *= transform.scale
+    if transform.softcap is not None:
+        z.div_(transform.softcap).tanh_().mul_(transform.softcap)
     return z
 
 
-def add(rows: Rows, z: Tensor, first: int, finish: Finish) -> None:
-    """Let the rows see a tile."""
-    if in_triton(z):
+def update(
+    state: OnlineLSE,
+    z: Tensor,  # [n, v]
+    first_column: int,
+    transform: LogitTransform,
+) -> None:
+    """Add the columns of a tile to the state, in place."""
+    if uses_triton(z):
         from amapo_loss.kernels import online_lse
 
-        online_lse.add(*rows, z, first, *finish)
+        online_lse.update(*state, z, first_column, *transform)
         return
-    inside, column = _places(rows.targets, z, first)
-    at_column = z.gather(1, column).squeeze(1)
-    rows.target.copy_(torch.where(inside, at_column, rows.target))
-    z.scatter_(1, column, at_column.masked_fill(inside, -inf).unsqueeze(1))
-    of_tile = torch.cat([some.logsumexp(1) for some in z.split(ROWS)])
-    torch.logaddexp(rows.others, of_tile, out=rows.others)
+    in_tile, column = _target_columns(state.target_ids, z, first_column)
+    tile_target_logit = z.gather(1, column).squeeze(1)
+    state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
+    z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
+    tile_lse = torch.cat([rows.logsumexp(1) for rows in z.split(CPU_LSE_ROWS)])
+    torch.logaddexp(state.lse_rest, tile_lse, out=state.lse_rest)
 
 
-def gradient(
-    out: Tensor, z: Tensor, rows: Rows, first: int, finish: Finish, of_others: Tensor, of_target: Tensor,
-    shares: bool = False,
-) -> None:  # fmt: skip
-    """Write the gradient in a tile of products to `out` [n, v], which may be the tile's own memory.
+def write_gradient(
+    out: Tensor,  # [n, v], may be the memory of z
+    z: Tensor,  # [n, v]
+    state: OnlineLSE,
+    first_column: int,
+    transform: LogitTransform,
+    coefficients: tuple[Tensor, Tensor],  # (a, b) [n], see `gradient_coefficients`
+    z_is_exp: bool = False,
+) -> None:
+    """Write the gradient with respect to a tile of matrix products.
 
-    The shares that all gradients are made of, exp(z_j - L) times the slope, are that for coefficients -1 and 0. With
-    `shares`, z holds those.
+    With coefficients (-1, 0) the result is exp(z_j - L) times the slope of the softcap, which all gradients of the row
+    are made of. With `z_is_exp`, z holds that already.
     """
-    if in_triton(z):
+    if uses_triton(z):
         from amapo_loss.kernels import online_lse
 
-        online_lse.gradient(out, z, *rows, first, *finish, of_others, of_target, shares)
+        online_lse.write_gradient(out, z, *state, first_column, *transform, *coefficients, z_is_exp)
         return
-    inside, column = _places(rows.targets, z, first)
-    if shares:
+    a, b = coefficients
+    in_tile, column = _target_columns(state.target_ids, z, first_column)
+    if z_is_exp:
         z = out.copy_(z)
     else:
-        slope = finish.slope(z)
-        z.sub_(rows.others.unsqueeze(1)).exp_()
-        if finish.softcap is not None:
+        slope = transform.slope(z)
+        z.sub_(state.lse_rest.unsqueeze(1)).exp_()
+        if transform.softcap is not None:
             z *= slope
-    z *= -of_others.unsqueeze(1)
-    z.scatter_(1, column, torch.where(inside, of_target, z.gather(1, column).squeeze(1)).unsqueeze(1))
+    z *= -a.unsqueeze(1)
+    z.scatter_(1, column, torch.where(in_tile, b, z.gather(1, column).squeeze(1)).unsqueeze(1))
     out.copy_(z)
 
 
-def _places(targets: Tensor, z: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Whether the tile has a row's target [n], and, to be gathered and scattered, the column that then is it [n, 1]."""
-    column = targets - first
+def _target_columns(
+    target_ids: Tensor,  # [n]
+    z: Tensor,  # [n, v]
+    first_column: int,
+) -> tuple[Tensor, Tensor]:
+    """Return whether the tile contains each row's target [n], and a column to gather and scatter at [n, 1].
+
+    Where the tile does not contain the target, the column is any valid one.
+    """
+    column = target_ids - first_column
     return (column >= 0) & (column < z.shape[1]), column.clamp(0, z.shape[1] - 1).unsqueeze(1)
 
 
-# Under torch.compile, symbols may stand for these ints.
-least: Callable[[int, int], int] = torch.sym_min
-most: Callable[[int, int], int] = torch.sym_max
+# Block lengths. Under torch.compile a length may be a SymInt, which `min` and `max` would specialize on.
 
 
-def size(total: int, other: int, device: torch.device) -> int:
-    """Of slices of `total` that with `other` make a tile."""
-    elements = ELEMENTS.get(device.type, ELEMENTS["cuda"])
-    return most(least(total, most(elements // most(other, 1) // MULTIPLE, 1) * MULTIPLE), 1)
+def block_length(total: int, other: int, device: torch.device) -> int:
+    """Return the length of the blocks of `total` rows or columns: block x other is about `TILE_ELEMENTS`."""
+    elements = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"])
+    multiples = torch.sym_max(elements // torch.sym_max(other, 1) // BLOCK_MULTIPLE, 1)
+    length: int = torch.sym_max(torch.sym_min(total, multiples * BLOCK_MULTIPLE), 1)
+    return length
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    """Of that size, the last one perhaps smaller."""
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def blocks(total: int, length: int) -> Iterator[slice]:
+    """Yield the slices of `total` of that length; the last one may be shorter."""
+    return (slice(start, min(start + length, total)) for start in range(0, total, length))

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
-from amapo_loss.logps._linear_head import _multiply as multiply
+from amapo_loss.logps._linear_head import _mm_out
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, tiled
 from tests.support.ranks import on_ranks
@@ -487,7 +487,7 @@ def test_a_weight_spread_over_devices_is_refused() -> None:
 def test_the_product_that_only_a_gpu_takes_exists() -> None:
     """As we call it; a CPU, which has no such kernel, can at least be asked for its shapes."""
     half, single = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
-    out = multiply(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
+    out = _mm_out(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
     assert (out.dtype, out.shape) == (torch.float32, (4, 6))
     assert "dtype_out" in torch.ops.aten.addmm.overloads()
 

@@ -31,8 +31,8 @@ TENSORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chosen_logps": None}, TypeError, "chosen_logps must be a floating tensor, got NoneType"),
     ({"rejected_logps": LOGPS.long()}, TypeError, "floating tensor, got a tensor of torch.int64"),
     ({"rejected_logps": LOGPS.to(torch.complex64)}, TypeError, "rejected_logps must be a floating tensor"),
-    ({"chosen_logps": LOGPS[None]}, ValueError, "chosen_logps must be 1-D, one entry a pair, got shape (1, 4)"),
-    ({"chosen_logps": LOGPS[0]}, ValueError, "chosen_logps must be 1-D, one entry a pair, got shape ()"),
+    ({"chosen_logps": LOGPS[None]}, ValueError, "chosen_logps must be 1-D with one entry per pair, got shape (1, 4)"),
+    ({"chosen_logps": LOGPS[0]}, ValueError, "chosen_logps must be 1-D with one entry per pair, got shape ()"),
     ({"rejected_logps": LOGPS[:3]}, ValueError, "rejected_logps has shape (3,), expected that of chosen_logps, (4,)"),
     ({"rejected_logps": LOGPS[:1]}, ValueError, "rejected_logps has shape (1,), expected that of chosen_logps, (4,)"),
     ({"rejected_logps": LOGPS.to(META)}, ValueError, "rejected_logps is on meta, expected the device of chosen"),
@@ -63,8 +63,8 @@ OBJECTIVE: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     *OBJECTIVE,
-    ({"margin": 0.5}, TypeError, "margin must be of type AdaptiveMargin, got float"),
-    ({"margin": None}, TypeError, "margin must be of type AdaptiveMargin, got NoneType"),
+    ({"margin": 0.5}, TypeError, "margin must be an AdaptiveMargin, got float"),
+    ({"margin": None}, TypeError, "margin must be an AdaptiveMargin, got NoneType"),
     ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
     (
         {"process_group": "world"},
@@ -78,7 +78,7 @@ SUPPLIED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"statistics": STATISTICS._replace(mean=0.0)}, TypeError, "statistics.mean must be a floating tensor, got float"),
     ({"statistics": STATISTICS._replace(std=LOGPS)}, ValueError, "statistics.std must be 0-dim on cpu, got shape (4,)"),
     ({"statistics": STATISTICS._replace(mean=torch.empty((), device=META))}, ValueError, "got shape () on meta"),
-    ({"statistics": lambda *_: 1.0}, TypeError, "statistics must be of type ScoreStatistics, got float"),
+    ({"statistics": lambda *_: 1.0}, TypeError, "the estimator in statistics must return ScoreStatistics, got float"),
     ({"statistics": lambda r, _: STATISTICS._replace(std=r)}, ValueError, "statistics.std must be 0-dim on cpu, got"),
     ({"statistics": ScoreWindow(8).to(META)}, ValueError, "scores is on cpu, expected the device of the window, meta"),
 ]  # fmt: skip
@@ -134,9 +134,9 @@ def test_dpo_needs_its_reference() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"formula": "papers"}, ValueError, "formula must be 'paper' or 'released', got 'papers'"),
-        ({"scaling": "log"}, ValueError, "scaling must be 'exp' or 'linear', got 'log'"),
-        ({"scaling": ["exp"]}, ValueError, "scaling must be 'exp' or 'linear', got ['exp']"),
+        ({"formula": "papers"}, ValueError, "formula must be one of 'paper', 'released', got 'papers'"),
+        ({"scaling": "log"}, ValueError, "scaling must be one of 'exp', 'linear', got 'log'"),
+        ({"scaling": ["exp"]}, ValueError, "scaling must be one of 'exp', 'linear', got ['exp']"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
         ({"clip": None}, TypeError, "clip must be True or False, got None"),
     ],
@@ -151,7 +151,7 @@ def test_adaptive_margin(wrong: dict[str, Any], error: type[Exception], message:
     [
         ([1.0], TypeError, "scores must be a floating tensor, got list"),
         (LOGPS.long(), TypeError, "scores must be a floating tensor, got a tensor of torch.int64"),
-        (LOGPS[None], ValueError, "scores must be 1-D, one entry a pair, got shape (1, 4)"),
+        (LOGPS[None], ValueError, "scores must be 1-D with one entry per pair, got shape (1, 4)"),
     ],
 )
 def test_score_statistics(scores: Any, error: type[Exception], message: str) -> None:
@@ -213,7 +213,7 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
         "weight is torch.bfloat16, expected the dtype of hidden, torch.float32",
     ),
     ({"bias": 0.0}, TypeError, "bias must be a floating tensor, got float"),
-    ({"bias": torch.zeros(3)}, ValueError, "bias must be (5,), one entry a word, got shape (3,)"),
+    ({"bias": torch.zeros(3)}, ValueError, "bias must be (5,), one entry per vocabulary token, got shape (3,)"),
     ({"bias": torch.zeros(5, device=META)}, ValueError, "bias is on meta, expected the device of hidden, cpu"),
     (
         {"bias": torch.zeros(5).double()},
@@ -229,7 +229,7 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 OF_TOKENS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": TARGETS.int()}, TypeError, "targets must be an int64 tensor, got a tensor of torch.int32"),
-    ({"targets": TARGETS[:2]}, ValueError, "targets must be (3,), one entry a hidden state, got shape (2,)"),
+    ({"targets": TARGETS[:2]}, ValueError, "targets must be (3,), one entry per hidden state, got shape (2,)"),
     ({"targets": TARGETS.to(META)}, ValueError, "targets is on meta, expected the device of hidden, cpu"),
     ({"targets": TARGETS + 5}, IndexError, "token ids must be in [0, 5), got 5"),
     ({"hidden": HIDDEN[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (8,) and (5, 8)"),

@@ -107,8 +107,8 @@ def arguments(n: int = 9, **changed: Any) -> list[Any]:
     chosen, rejected = (x.detach().to(triton_loss.device) for x in random_logps(n))
     values: dict[str, Any] = {
         "chosen_logps": chosen, "rejected_logps": rejected, "ref_chosen_logps": None, "ref_rejected_logps": None,
-        "chosen_lengths": None, "rejected_lengths": None, "mean": None, "std": None, "moments": None,
-        "beta_on_device": None,
+        "chosen_lengths": None, "rejected_lengths": None, "mean": None, "std": None, "rank_moments": None,
+        "beta_tensor": None,
         "beta": 2.0, "label_smoothing": 0.1, "paper": True, "normalize": True, "exponential": True, "clip": True,
         "reduction": "mean", "with_gradient": True,
     }  # fmt: skip
@@ -124,8 +124,8 @@ def arguments(n: int = 9, **changed: Any) -> list[Any]:
         {"ref_chosen_logps": torch.zeros(9), "ref_rejected_logps": torch.ones(9).bfloat16()},
         {"chosen_lengths": torch.arange(9), "rejected_lengths": torch.ones(9)},
         {"mean": torch.tensor(0.3), "std": torch.tensor(1.0, dtype=torch.float64)},
-        {"moments": torch.tensor([[3, 0.1, 2.0], [6, 0.2, 3.0]], dtype=torch.float64)},
-        {"beta_on_device": torch.tensor(3.0)},
+        {"rank_moments": torch.tensor([[3, 0.1, 2.0], [6, 0.2, 3.0]], dtype=torch.float64)},
+        {"beta_tensor": torch.tensor(3.0)},
     ],
     ids=lambda changed: "-".join(changed) or "plain",
 )
@@ -159,7 +159,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_auto_takes_torch_on_the_cpu() -> None:
     """Even where Triton could interpret its kernels there."""
-    assert amapo_loss(*random_logps(4)).diagnostics.entries is None
+    assert amapo_loss(*random_logps(4)).diagnostics.summary_values is None
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -212,8 +212,8 @@ def test_compiles_for_gpus_that_are_not_there(architecture: str, tmp_path: Path)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
-    of_tiles = ["_add", "_gradient", "_gradient"] * 2 + ["_add", "_gradient"] * 3
-    of_pairs = ["_one_launch"] * 6 + ["_first_launch", "_second_launch"] * 2
+    of_tiles = ["_update_kernel", "_gradient_kernel", "_gradient_kernel"] * 2 + ["_update_kernel", "_gradient_kernel"] * 3
+    of_pairs = ["_one_launch_kernel"] * 6 + ["_statistics_kernel", "_loss_kernel"] * 2
     assert [line.split()[0] for line in lines] == of_tiles + of_pairs
     assert all(line.endswith(" 0 fusible") for line in lines[len(of_tiles) :])
 
@@ -236,8 +236,8 @@ class TestOnAGpu:
     pytestmark = needs_gpu
 
     def test_auto_takes_the_kernel(self) -> None:
-        assert amapo_loss(*on_device(4)).diagnostics.entries is not None
-        assert amapo_loss(*(x.double() for x in on_device(4))).diagnostics.entries is None
+        assert amapo_loss(*on_device(4)).diagnostics.summary_values is not None
+        assert amapo_loss(*(x.double() for x in on_device(4))).diagnostics.summary_values is None
 
     @pytest.mark.parametrize(("n", "launches"), [(2, 1), (8192, 1), (8193, 2), (100_000, 2)])
     def test_number_of_launches(self, n: int, launches: int) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
-from amapo_loss.statistics import merged, moments
+from amapo_loss._moments import merge_moments, moments
 from tests.support.backends import OnBackend, every_backend, triton_loss
 from tests.support.generators import random_logps
 
@@ -69,7 +69,7 @@ def test_merged_parts_are_the_whole(sizes: list[int], mean: float, spread: float
     """Uneven and empty parts, and a mean up to a million times the spread."""
     parts = [torch.tensor(np.random.default_rng([seed, k]).normal(mean, spread, n)) for k, n in enumerate(sizes)]
     whole = torch.cat(parts).numpy()
-    statistics = merged(torch.stack([moments(x) for x in parts]))
+    statistics = ScoreStatistics(*merge_moments(torch.stack([moments(x) for x in parts])))
     assert statistics.count == len(whole)
     if len(whole):
         assert statistics.mean.item() == pytest.approx(math.fsum(whole) / len(whole), rel=1e-13, abs=1e-13)

@@ -50,7 +50,12 @@ def moved(value: Any, device: str) -> Any:
 torch_loss = OnBackend("torch", "cpu")
 triton_loss = OnBackend("triton", "cuda" if GPU else "cpu")
 two_launches = triton_loss._replace(  # from 17 pairs on; several programs from 257, of several blocks from 513
-    sizes={"ONE_LAUNCH": 16, "TILE": 256, "FIRST_PROGRAMS": 4, "SECOND_PROGRAMS": 2}
+    sizes={
+        "MAX_PAIRS_ONE_LAUNCH": 16,
+        "BLOCK_PAIRS": 256,
+        "MAX_STATISTICS_PROGRAMS": 4,
+        "MAX_LOSS_PROGRAMS": 2,
+    }
 )
 every_backend = pytest.mark.parametrize(
     "loss_fn",
@@ -69,13 +74,13 @@ every_tiling = pytest.mark.parametrize("backend", ["torch", pytest.param("triton
 def tiled(backend: str, elements: int = 64) -> Iterator[str]:
     """Heads and logits in tiles of about so many elements; the device on which that backend computes them."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(_online_lse, "ELEMENTS", {"cpu": elements, "cuda": elements}))
-        stack.enter_context(patch.object(_online_lse, "MULTIPLE", 4))
-        stack.enter_context(patch.object(_online_lse, "ROWS", 3))
+        stack.enter_context(patch.object(_online_lse, "TILE_ELEMENTS", {"cpu": elements, "cuda": elements}))
+        stack.enter_context(patch.object(_online_lse, "BLOCK_MULTIPLE", 4))
+        stack.enter_context(patch.object(_online_lse, "CPU_LSE_ROWS", 3))
         if backend == "triton" and not GPU:
-            stack.enter_context(patch.object(_online_lse, "in_triton", lambda tensor: tensor.dtype != torch.float64))
+            stack.enter_context(patch.object(_online_lse, "uses_triton", lambda tensor: tensor.dtype != torch.float64))
             # What only a GPU can do for factors narrower than the product.
-            for name, beta in {"_multiply": 0, "_add_product": 1}.items():
+            for name, beta in {"_mm_out": 0, "_addmm_out": 1}.items():
                 stack.enter_context(patch.object(_linear_head, name, partial(_product, beta)))
         yield "cuda" if backend == "triton" and GPU else "cpu"
 

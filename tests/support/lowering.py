@@ -49,13 +49,13 @@ def lower_tiles() -> None:
     bias = torch.empty(5000, dtype=half, device="meta")
     products = torch.empty(64, 8192, device="meta")[:, :5000]
     for finish in ((None, 1.0, None), (bias, 0.5, 30.0)):
-        online_lse.add(*rows, products, 4096, *finish)
-        online_lse.gradient(products.view(half)[:, :5000], products, *rows, 4096, *finish, *coefficients, False)
-        online_lse.gradient(products, products.to(half), *rows, 4096, *finish, *coefficients, True)
+        online_lse.update(*rows, products, 4096, *finish)
+        online_lse.write_gradient(products.view(half)[:, :5000], products, *rows, 4096, *finish, *coefficients, False)
+        online_lse.write_gradient(products, products.to(half), *rows, 4096, *finish, *coefficients, True)
     for dtype in (half, torch.float16, single):
         logits = torch.empty(4, 20, 5001, dtype=dtype, device="meta")[:, 2:18]
-        online_lse.add(*rows, logits, 0, None, 1.0, None)
-        online_lse.gradient(torch.empty_like(logits), logits, *rows, 0, None, 1.0, None, *coefficients, False)
+        online_lse.update(*rows, logits, 0, None, 1.0, None)
+        online_lse.write_gradient(torch.empty_like(logits), logits, *rows, 0, None, 1.0, None, *coefficients, False)
 
 
 def main() -> None:

@@ -1,0 +1,59 @@
+"""Count, mean and sum of squared deviations (M2) of scores, and how those of several ranks are merged.
+
+Depends only on torch and the argument checks. Everything is float64, so that a mean far larger than the standard
+deviation, or a large number of ranks, costs no precision.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from amapo_loss import _checks
+
+
+def moments(
+    scores: Tensor,  # [B]
+    mask: Tensor | None = None,  # [B] bool
+) -> Tensor:
+    """Return the moments (count, mean, M2) [3] of the scores, or of those for which `mask` is true."""
+    scores = scores.detach().double()
+    if mask is None:
+        n = torch.full((), scores.shape[0], dtype=torch.float64, device=scores.device)
+    else:
+        n, scores = mask.sum().double(), scores.masked_fill(~mask, 0)
+    mean = scores.sum() / n.clamp(min=1)
+    deviations = scores - mean if mask is None else (scores - mean).masked_fill(~mask, 0)
+    return torch.stack((n, mean, deviations.square().sum()))
+
+
+def all_gather_row(
+    row: Tensor,  # [k]
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Return the rows [ranks, k] of all ranks, with one all-gather; without a group, the one row [1, k]."""
+    if process_group is None:
+        return row[None]
+    _checks.process_group("process_group", process_group)
+    rows = row.new_empty(dist.get_world_size(process_group) * len(row))
+    try:
+        dist.all_gather_into_tensor(rows, row, group=process_group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the score statistics of process_group could not be gathered: has another rank failed, or not called "
+            f"amapo_loss? ({error})"
+        ) from error
+    return rows.view(-1, len(row))
+
+
+def merge_moments(
+    moments: Tensor,  # [k, 3]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, standard deviation (Bessel's correction) and count of all scores behind k rows of moments.
+
+    This is Chan's formula for k parts at once: M2 = sum(M2_k) + sum(n_k (mean_k - mean)^2).
+    """
+    counts, means, m2s = moments.unbind(1)
+    n = counts.sum()
+    mean = (counts * means).sum() / n.clamp(min=1)
+    m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    return mean, (m2 / (n - 1).clamp(min=1)).sqrt(), n.long()
