@@ -1,73 +1,83 @@
-"""`python -m amapo_loss`: what is installed, what can run here, and whether it computes the right thing."""
+"""`python -m amapo_loss`: report what is installed and what can run here, and check the results of every backend."""
 
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+from math import inf, isnan
 
 import torch
+from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, __version__, amapo_loss
 from amapo_loss._checks import Backend
 from amapo_loss.kernels import interpreted, unavailable_reason
 
-SIZES = (1, 2, 7, 64, 1000)
+BATCH_SIZES = (1, 2, 7, 64, 1000)
 MARGINS = (AdaptiveMargin(), AdaptiveMargin("released"))
+TOLERANCE = 1e-4
 
 
 def main() -> int:
-    """Print the report; 0 if every usable backend agrees with the reference on every device, else 1."""
+    """Print the report. Return 0 if every backend that can run agrees with the float64 reference, else 1."""
     print(f"amapo-loss {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"  torch   {torch.__version__}")
     for package in ("triton", "trl"):
-        print(f"  {package:<8}{_version(package)}")
+        print(f"  {package:<8}{_installed_version(package)}")
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     print("devices")
     for device in devices:
-        print(
-            f"  {device:<8}{platform.processor() or 'CPU' if device == 'cpu' else torch.cuda.get_device_name(device)}"
-        )
+        name = platform.processor() or "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+        print(f"  {device:<8}{name}")
 
     print("backends")
     reason = unavailable_reason()
-    where = "interpreted, on the cpu" if interpreted() else "on every cuda device"
-    print("  torch   can run on every device\n  triton  " + (f"cannot run: {reason}" if reason else f"can run {where}"))
+    print("  torch   can run on every device")
+    if reason:
+        print(f"  triton  cannot run: {reason}")
+    else:
+        print(f"  triton  can run {'interpreted, on the CPU' if interpreted() else 'on every CUDA device'}")
 
     runs: list[tuple[Backend, str]] = [("torch", device) for device in devices]
     if not reason:
         runs += [("triton", device) for device in devices if (device == "cpu") == interpreted()]
-    print("self-check: float32 against the float64 reference, loss and gradient, largest error relative to the batch")
+    print(
+        "self-check: the largest relative error of a batch's loss and gradient, float32 against the float64 reference"
+    )
     all_agree = True
     for backend, device in runs:
         error = largest_error(backend, device)
-        all_agree &= (agrees := error < 1e-4)
+        agrees = error < TOLERANCE
+        all_agree &= agrees
         print(f"  {backend:<8}{device:<8}{error:.1e}  {'agrees' if agrees else 'DISAGREES'}")
     return 0 if all_agree else 1
 
 
 def largest_error(backend: Backend, device: str) -> float:
-    """Over generated batches, the error of loss and gradient of this backend in float32."""
+    """Return the largest relative error of the loss or the gradient over generated batches; NaN counts as infinite."""
     errors = [0.0]
-    for n, margin, seed in product(SIZES, MARGINS, range(4)):
+    for n, margin, seed in product(BATCH_SIZES, MARGINS, range(4)):
         logps = torch.randn(2, n, generator=torch.Generator().manual_seed(seed)) - torch.tensor([[1.0], [1.5]])
         expected = _loss_and_gradient(logps.double(), margin, "torch")
         actual = _loss_and_gradient(logps.to(device), margin, backend)
-        for got, want in zip(actual, expected):
-            error = ((got.cpu().double() - want).norm() / want.norm()).item()
-            errors.append(error if error == error else float("inf"))
+        for x, expected_x in zip(actual, expected):
+            error = ((x.cpu().double() - expected_x).norm() / expected_x.norm()).item()
+            errors.append(inf if isnan(error) else error)
     return max(errors)
 
 
 def _loss_and_gradient(
-    logps: torch.Tensor, margin: AdaptiveMargin, backend: Backend
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logps: Tensor,  # [2, n]
+    margin: AdaptiveMargin,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
     logps.requires_grad_()
     loss, _ = amapo_loss(*logps, margin=margin, backend=backend)
     return loss.detach(), torch.autograd.grad(loss, logps)[0]
 
 
-def _version(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

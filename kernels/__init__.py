@@ -1,15 +1,16 @@
-"""GPU kernels of amapo_loss, imported as `amapo_loss.kernels`. Knows torch and Triton, nothing else of the package."""
+"""The GPU kernels, imported as `amapo_loss.kernels`. This file says whether they can run, without importing Triton."""
 
 import os
 from importlib.util import find_spec
 
 import torch
 
-HAS_TRITON = find_spec("triton") is not None  # looked for, not imported: that takes a second, and not everyone needs it
+# Importing Triton takes a second, and not everyone needs it: only look whether it is there.
+HAS_TRITON = find_spec("triton") is not None
 
 
 def unavailable_reason() -> str | None:
-    """Why no kernel can run here, as a sentence that says what to do; None where they can."""
+    """Return why no kernel can run here, as a sentence that says what to do, or None if kernels can run."""
     if not HAS_TRITON:
         return "Triton is not installed: `pip install triton`, or use backend='torch' or 'auto'"
     if not torch.cuda.is_available() and not interpreted():
@@ -18,5 +19,5 @@ def unavailable_reason() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on the CPU, rather than to compile them."""
+    """Return whether Triton interprets its kernels on the CPU instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
