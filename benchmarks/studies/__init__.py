@@ -1,1 +1,1 @@
-"""The paper's experiments: what the losses learn, on generated pairs or your own."""
+"""Experiments that test the paper's claims with a small model, on generated preference pairs or on your own."""

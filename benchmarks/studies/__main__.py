@@ -1,6 +1,242 @@
-"""`python -m benchmarks.studies`."""
+"""Run the paper's experiments on generated pairs or on your own, and report the results.
 
-from benchmarks.studies.studies import main
+    python -m benchmarks.studies ranking
+    python -m benchmarks.studies ranking --data train.jsonl.gz --eval test.jsonl.gz --rm-bench rm_bench_chat.json.gz
+    python -m benchmarks.studies all --scale gpu --data train.jsonl.gz --eval test.jsonl.gz
+
+Each study prints a table, writes a JSON file with the table and with every run, and draws a picture. If a study is
+interrupted, the same command continues it. With `--redraw`, the command rebuilds table and picture from the JSON file
+without running anything.
+"""
+
+import argparse
+import json
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+
+from benchmarks.record import RESULTS, write_json, write_picture, write_record
+from benchmarks.studies.evaluation import BANDS, indices_in_band
+from benchmarks.studies.report import print_table, tabulate
+from benchmarks.studies.studies import STUDIES
+from benchmarks.studies.sweep import Run, Settings, available_cores, load, sweep
+
+matplotlib.use("Agg")  # draws without a display, which servers do not have
+import matplotlib.pyplot as plt
+
+DEFAULTS: dict[str, Any] = {"learning_rate": 3e-4, "imitation_learning_rate": 2e-3, "generated": 4096}
+SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS or add to them
+    "smoke": {  # takes seconds, to check that the files and the model work
+        "width": 16,
+        "layers": 1,
+        "max_prompt": 32,
+        "max_answer": 24,
+        "imitation_steps": 8,
+        "steps": 4,
+        "batch_size": 16,
+        "probe_every": 2,
+        "generated": 512,
+        "seeds": 2,
+    },
+    "small": {  # takes minutes on two cores, for generated pairs
+        "width": 64,
+        "layers": 2,
+        "max_prompt": 32,
+        "max_answer": 32,
+        "imitation_steps": 600,
+        "steps": 24,
+        "batch_size": 64,
+        "probe_every": 4,
+        "seeds": 5,
+    },
+    "medium": {  # takes an hour on two cores, for real pairs
+        "width": 64,
+        "layers": 2,
+        "max_prompt": 32,
+        "max_answer": 128,
+        "imitation_steps": 300,
+        "steps": 64,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "probe_every": 8,
+        "seeds": 3,
+    },
+    "gpu": {  # trains 17 million parameters from scratch, with the batch size of the paper
+        "width": 512,
+        "layers": 8,
+        "max_prompt": 256,
+        "max_answer": 1024,
+        "imitation_steps": 2000,
+        "steps": 250,
+        "batch_size": 128,
+        "learning_rate": 1e-4,
+        "imitation_learning_rate": 5e-4,
+        "probe_every": 25,
+        "seeds": 5,
+    },
+}
+OVERRIDES = {  # options that replace a value of the scale: their type and help
+    "steps": (int, "steps of preference training"),
+    "batch_size": (int, "pairs per step of preference training, and texts per step of imitation"),
+    "learning_rate": (float, "learning rate of preference training"),
+    "imitation_steps": (int, "steps of supervised fine-tuning before preference training; 0 by default with --model"),
+    "imitation_learning_rate": (float, "learning rate of the imitation steps"),
+    "max_prompt": (int, "tokens kept from the end of a prompt; the built-in model's tokens are bytes"),
+    "max_answer": (int, "tokens kept from the start of an answer"),
+    "width": (int, "hidden size of the built-in model"),
+    "layers": (int, "number of layers of the built-in model"),
+    "seeds": (int, "number of seeds; each seed has its own checkpoint and its own order of the pairs"),
+}
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings, int]:
+    """Return the arguments, the settings of all runs, and the number of seeds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=[*STUDIES, "all"], help="the study to run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="training pairs: a file of JSON lines with prompt, chosen and rejected, gzipped or not "
+        "(default: generated pairs)",
+    )
+    parser.add_argument("--eval", type=Path, help="held-out pairs, in the format of --data")
+    parser.add_argument("--rm-bench", type=Path, nargs="+", default=[], help="RM-Bench files to evaluate on as well")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="directory of a Hugging Face causal language model. It is the checkpoint that preference training starts "
+        "from, unless --imitation-steps is given. It needs --learning-rate. (default: a small byte model)",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, help="size of the experiment (default: small for generated pairs, medium for --data)"
+    )
+    for name, (value_type, description) in OVERRIDES.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=value_type, help=f"{description} (default: given by --scale)"
+        )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the models (default: cuda if available, else cpu)",
+    )
+    parser.add_argument("--jobs", type=int, help="number of processes (default: one per core, or one on a GPU)")
+    parser.add_argument(
+        "--store", type=Path, default=Path("build/studies"), help="folder of the finished runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON files and pictures (default: benchmarks/results/studies, or studies_own with --data)",
+    )
+    parser.add_argument(
+        "--redraw", action="store_true", help="run nothing, and only rebuild table and picture from the JSON file"
+    )
+    args = parser.parse_args(arguments)
+    if (args.data is None) != (args.eval is None):
+        parser.error("--data and --eval must be given together")
+    if args.rm_bench and not args.data:
+        parser.error("--rm-bench needs --data and --eval: a model of generated pairs has not learned natural language")
+    if args.model and args.learning_rate is None:
+        parser.error("--model needs --learning-rate: the default is far too large for a pretrained model")
+    if args.model and (args.width or args.layers):
+        parser.error("--width and --layers set the size of the built-in model and cannot be combined with --model")
+
+    values = DEFAULTS | SCALES[args.scale or ("medium" if args.data else "small")]
+    if args.model:
+        values["imitation_steps"] = 0
+    values |= {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    for name in ("steps", "batch_size", "max_prompt", "max_answer", "width", "layers", "seeds"):
+        if values[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values[name]}")
+    seeds = values.pop("seeds")
+    settings = Settings(args.data, args.eval, tuple(args.rm_bench), args.model, **values)
+    args.out = args.out or RESULTS / ("studies_own" if args.data else "studies")
+    args.jobs = args.jobs or (1 if args.device.startswith("cuda") else available_cores())
+    return args, settings, seeds
+
+
+def main() -> None:
+    """Run and report one study, or all of them."""
+    args, settings, seeds = parse_args()
+    console = Console()
+    try:
+        for name in STUDIES if args.study == "all" else [args.study]:
+            path = args.out / f"{name}.json"
+            if not args.redraw:
+                run_study(console, name, settings, seeds, args, path)
+            report_study(console, name, path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"studies: {error}") from error
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            "studies: a process died, most likely because memory ran out; try again with a smaller --jobs"
+        ) from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(
+            f"studies: interrupted; the finished runs are in {args.store}, and the same command continues from them"
+        ) from error
+
+
+def run_study(
+    console: Console, name: str, settings: Settings, seeds: int, args: argparse.Namespace, path: Path
+) -> None:
+    """Perform all runs of a study and write them to its JSON file."""
+    study = STUDIES[name]
+    console.print(f"{name}: {study.question} {len(study.treatments)} treatments, {seeds} seeds")
+    data = load(settings)
+    for group, num_truncated in data.num_truncated.items():
+        if num_truncated:
+            console.print(
+                f"{num_truncated} of {len(data.texts[group].tokens)} texts ({group}) are longer than "
+                f"--max-prompt {settings.max_prompt} or --max-answer {settings.max_answer} and are truncated"
+            )
+    runs = sweep(settings, study.treatments, seeds, args.jobs, args.store, args.device)
+    if not study.needs_curves:
+        runs = [run.without_curves() for run in runs]
+    record = {
+        "asks": study.question,
+        "settings": {
+            option: value if isinstance(value, int | float) else str(value)
+            for option, value in asdict(settings).items()
+            if value
+        },
+        "pairs": {group: len(data.texts[group].tokens) // 2 for group in ("train", "validation", "held out")},
+        "held-out pairs by confidence": {
+            band: len(indices_in_band(data.corpus.held_out, bounds)) for band, bounds in BANDS.items()
+        },
+        "texts cut": data.num_truncated,
+        "treatments": {treatment: asdict(fields) for treatment, fields in study.treatments.items()},
+        "runs": [run.to_json() for run in runs],
+    }
+    write_json(path, "benchmarks.studies", record)
+
+
+def report_study(console: Console, name: str, path: Path) -> None:
+    """Print the table of a study, add it to the study's JSON file, and draw the picture next to this file."""
+    study, record = STUDIES[name], json.loads(path.read_text())
+    runs = [Run.from_json(entry) for entry in record.pop("runs")]
+    table = tabulate(runs, study.columns, study.baseline)
+    print_table(console, study.question, table)
+    record["table, mean and standard deviation over the seeds"] = table
+    record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table
+    write_record(path, record)
+    if remark := study.remark(runs):
+        console.print(remark)
+    figure = plt.figure(figsize=(11, study.picture_height))
+    study.draw(figure, runs)
+    figure.suptitle(study.question, fontsize=11)
+    figure.tight_layout(rect=(0, study.legend_share, 1, 1))
+    write_picture(path.with_suffix(".png"), figure)
+    plt.close(figure)
+    console.print(f"wrote {path.name} and {path.stem}.png in {path.parent}", soft_wrap=True)
+
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,7 @@
-"""Preference data: generated with a known difficulty, or from files, TRL's and RM-Bench's. Knows text, not tensors."""
+"""Preference pairs for the studies: generated with a known difficulty, or read from preference and RM-Bench files.
+
+Depends only on the standard library.
+"""
 
 import gzip
 import json
@@ -19,13 +22,19 @@ class Pair(NamedTuple):
     chosen: str
     rejected: str
     confidence: float | None = None
-    """How sure the judge was, from 0 to 1. Of a generated pair: how often the demonstrator is right on its like."""
+    """The judge's confidence that `chosen` is better, from 0 to 1; None if the file does not say.
+
+    For a generated pair, it is the probability that the demonstrator gives the chosen answer.
+    """
     source: str = ""
-    """Where the file says that the prompt is from. Of a generated pair: its difficulty, a key of `SLIP_RATES`."""
+    """The data set that the prompt comes from; empty if the file does not say.
+
+    For a generated pair, it is the difficulty, a key of `SLIP_RATES`.
+    """
 
 
-class Styled(NamedTuple):
-    """A prompt with a better and a worse answer in each of the three `STYLES`, as RM-Bench has them."""
+class StyledPair(NamedTuple):
+    """A prompt with a better and a worse answer, each written in the three `STYLES` of RM-Bench."""
 
     prompt: str
     chosen: tuple[str, ...]
@@ -33,18 +42,19 @@ class Styled(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """What an experiment needs: answers to imitate first, then pairs to learn a preference from, then unseen ones."""
+    """All texts of an experiment."""
 
-    demonstrations: list[tuple[str, str]]  # prompt, answer
-    train: list[Pair]
-    validation: list[Pair]  # to tune on
-    held_out: list[Pair]
-    styled: dict[str, list[Styled]]  # by name
+    demonstrations: list[tuple[str, str]]  # (prompt, answer) texts for imitation, the first phase of training
+    train: list[Pair]  # for preference training, the second phase
+    validation: list[Pair]  # for the choice of hyperparameters
+    held_out: list[Pair]  # for the evaluation
+    styled: dict[str, list[StyledPair]]  # for the evaluation by style, keyed by the name of the file
 
 
-# How often the demonstrator, whom the model imitates first, gives the answer that is rejected later: each adjective has
-# a rate of its own, spread evenly between these. Imitation ranks the easy pairs right and the hard ones wrong; only the
-# preference pairs can tell.
+# The model first imitates a demonstrator, who sometimes slips: the demonstrator then gives the answer that the
+# preference pairs reject. Each adjective has its own slip rate. The rates of a difficulty are spread evenly between the
+# two bounds given here. After imitation, the model therefore ranks most easy pairs correctly and most hard pairs
+# wrongly. Only preference training can correct that.
 SLIP_RATES = {"easy": (0.0, 0.2), "even": (0.4, 0.6), "hard": (0.8, 1.0)}
 
 _ADJECTIVES = {
@@ -113,17 +123,27 @@ _PLACES = ["barn", "hill", "river", "road", "gate", "wood", "mill", "bridge", "t
 
 
 def generated_corpus(pairs: int, held_out: int, demonstrations: int, seed: int) -> Corpus:
-    """Which sound an animal makes, for animals, adjectives and places in combinations that never repeat.
+    """Generate pairs about the sounds of animals.
 
-    The rejected answer names the sound of another animal, always the same other one. The adjective in the prompt sets
-    the difficulty, so that a model can learn from the demonstrations when the demonstrator slips. A tenth of the pairs
-    is for validation; the styles are wordings that no demonstration has.
+    A prompt names an animal with an adjective and a place, and no such scene occurs twice. The chosen answer is the
+    sound of that animal. The rejected answer is the sound of another animal, and it is always the same other animal
+    for a given animal. The adjective sets the difficulty, so a model can learn from the demonstrations how often the
+    demonstrator slips. The styled answers are wordings that no demonstration contains.
+
+    Args:
+        pairs: number of pairs for training and validation together. A tenth of them is for validation.
+        held_out: number of pairs for the evaluation.
+        demonstrations: number of texts to imitate, drawn with replacement from the training prompts.
+        seed: seed of the random generator.
+
+    Raises:
+        ValueError: if `pairs + held_out` is larger than the number of scenes.
     """
     rng = random.Random(seed)
     scenes = [
-        (difficulty, number, animal, place)
+        (difficulty, adjective, animal, place)
         for difficulty, adjectives in _ADJECTIVES.items()
-        for number in range(len(adjectives))
+        for adjective in range(len(adjectives))
         for animal in range(len(_ANIMALS))
         for place in _PLACES
     ]
@@ -133,134 +153,163 @@ def generated_corpus(pairs: int, held_out: int, demonstrations: int, seed: int) 
             f"pairs + held_out must be at most {len(scenes)}, the number of scenes, got {pairs + held_out}"
         )
 
-    def pair(difficulty: str, number: int, animal: int, place: str) -> Pair:
-        adjectives, (least, most) = _ADJECTIVES[difficulty], SLIP_RATES[difficulty]
-        prompt = f"{adjectives[number]} {_ANIMALS[animal]}, {place}: "
-        chosen, rejected = (f"it {_SOUNDS[sound % len(_SOUNDS)]}." for sound in (animal, animal + 7))
-        slips = least + (most - least) * number / (len(adjectives) - 1)
-        return Pair(prompt, chosen, rejected, round(1 - slips, 6), difficulty)
-
-    unseen = [pair(*scene) for scene in scenes[:held_out]]
-    train, validation = split([pair(*scene) for scene in scenes[held_out : held_out + pairs]])
-    answers = [
-        (p.prompt, p.chosen if rng.random() < (p.confidence or 0) else p.rejected)
-        for p in rng.choices(train, k=demonstrations)
+    held_out_pairs = [_generated_pair(*scene) for scene in scenes[:held_out]]
+    train, validation = split_off_validation([_generated_pair(*scene) for scene in scenes[held_out : held_out + pairs]])
+    demonstrated = [
+        (pair.prompt, pair.chosen if rng.random() < (pair.confidence or 0) else pair.rejected)
+        for pair in rng.choices(train, k=demonstrations)
     ]
-    return Corpus(answers, train, validation, unseen, {"styles": [_in_styles(pair) for pair in unseen[:128]]})
+    styled = {"styles": [_in_styles(pair) for pair in held_out_pairs[:128]]}
+    return Corpus(demonstrated, train, validation, held_out_pairs, styled)
 
 
-def _in_styles(pair: Pair) -> Styled:
+def _generated_pair(difficulty: str, adjective: int, animal: int, place: str) -> Pair:
+    adjectives, (lowest, highest) = _ADJECTIVES[difficulty], SLIP_RATES[difficulty]
+    prompt = f"{adjectives[adjective]} {_ANIMALS[animal]}, {place}: "
+    chosen, rejected = (f"it {_SOUNDS[sound % len(_SOUNDS)]}." for sound in (animal, animal + 7))
+    slip_rate = lowest + (highest - lowest) * adjective / (len(adjectives) - 1)
+    return Pair(prompt, chosen, rejected, round(1 - slip_rate, 6), difficulty)
+
+
+def _in_styles(pair: Pair) -> StyledPair:
+    subject = pair.prompt.partition(",")[0]
+
     def styles(answer: str) -> tuple[str, ...]:
-        name = pair.prompt.partition(",")[0]
-        return answer, f"the {name} there, {answer}", f"**{name}**: {answer}"
+        return answer, f"the {subject} there, {answer}", f"**{subject}**: {answer}"
 
-    return Styled(pair.prompt, styles(pair.chosen), styles(pair.rejected))
+    return StyledPair(pair.prompt, styles(pair.chosen), styles(pair.rejected))
 
 
 def file_corpus(train: Path, held_out: Path, styled: Sequence[Path] = ()) -> Corpus:
-    """A user's pairs; a tenth of the training prompts is for validation, the other chosen answers are imitated."""
-    pairs, validation = split(list(read_pairs(train)))
-    demonstrations = [(pair.prompt, pair.chosen) for pair in pairs]
-    rm_bench = {path.name.partition(".")[0]: read_styled(path) for path in styled}
-    return Corpus(demonstrations, pairs, validation, list(read_pairs(held_out)), rm_bench)
+    """Read a corpus from files.
+
+    A tenth of the training prompts is for validation. The chosen answers of the other training prompts are also the
+    demonstrations.
+
+    Args:
+        train: preference file for training and validation, see `read_pairs`.
+        held_out: preference file for the evaluation.
+        styled: RM-Bench files for the evaluation by style, see `read_rm_bench`.
+    """
+    train_pairs, validation = split_off_validation(list(read_pairs(train)))
+    demonstrations = [(pair.prompt, pair.chosen) for pair in train_pairs]
+    rm_bench = {path.name.partition(".")[0]: read_rm_bench(path) for path in styled}
+    return Corpus(demonstrations, train_pairs, validation, list(read_pairs(held_out)), rm_bench)
 
 
-def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """All pairs of nine prompts in ten, and those of the tenth."""
+def split_off_validation(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs of nine tenths of the prompts, for training, and those of the other tenth, for validation.
+
+    The split is by prompt, so that no validation prompt is seen in training.
+    """
     prompts = sorted({pair.prompt for pair in pairs})
     if len(prompts) < 2:
-        raise ValueError("the training pairs need two different prompts or more, one of them for validation, got one")
+        raise ValueError(
+            f"the training pairs need at least two different prompts, one of them for validation, got {len(prompts)}"
+        )
     random.Random(0).shuffle(prompts)
-    tenth = set(prompts[: -(-len(prompts) // 10)])
-    validation = [pair for pair in pairs if pair.prompt in tenth]
-    return [pair for pair in pairs if pair.prompt not in tenth], validation
+    tenth = -(-len(prompts) // 10)
+    validation_prompts = set(prompts[:tenth])
+    train = [pair for pair in pairs if pair.prompt not in validation_prompts]
+    return train, [pair for pair in pairs if pair.prompt in validation_prompts]
 
 
 def both_answers(pairs: list[Pair]) -> list[tuple[str, str]]:
-    """Prompts with the chosen answers, then prompts with the rejected ones."""
+    """Return (prompt, chosen) of all pairs, followed by (prompt, rejected) of all pairs."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """The pairs of a file of JSON lines with the strings `prompt`, `chosen` and `rejected`, gzipped if it ends in .gz.
+    """Read preference pairs from a file of JSON lines, which is gzipped if its name ends in .gz.
 
-    `confidence`, a number from 0 to 1, and the string `source` are read where they are there.
+    Each line is an object with the strings `prompt`, `chosen` and `rejected`. It may also have `confidence`, a number
+    from 0 to 1, and `source`, a string.
 
     Raises:
-        ValueError: naming the file and the line, for a line that is no such object, an empty answer, or an empty file.
+        ValueError: if a line is not such an object, if an answer is empty, or if the file is empty. The message names
+            the file and the line.
     """
     number = 0
     try:
         with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
-                yield _pair(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
+                location = f"{path}, line {number}"
+                yield _parse_pair(_parse_json(line, location), location)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} after line {number}: {error}") from error
     if number == 0:
-        raise ValueError(f"{path}: the file is empty, expected a preference pair a line")
+        raise ValueError(f"{path}: the file is empty, expected one preference pair per line")
 
 
-def read_styled(path: Path) -> list[Styled]:
-    """RM-Bench: a JSON list of objects with `prompt` and three answers each in `chosen` and `rejected`.
+def read_rm_bench(path: Path) -> list[StyledPair]:
+    """Read an RM-Bench file, which is gzipped if its name ends in .gz.
+
+    The file is a JSON list of objects with `prompt` and with three answers each in `chosen` and `rejected`, in the
+    order of `STYLES`.
 
     Raises:
-        ValueError: naming the file and the entry, for what is no such list.
+        ValueError: if the file is not such a list. The message names the file and the entry.
     """
     try:
         with _open(path) as file:
-            records = _parse(file.read(), str(path))
+            records = _parse_json(file.read(), str(path))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(records, list) or not records:
+    if not isinstance(records, list):
         raise ValueError(f"{path}: expected a JSON list of RM-Bench entries, got {type(records).__name__}")
-    return [_styled(record, f"{path}, entry {number}") for number, record in enumerate(records, start=1)]
+    if not records:
+        raise ValueError(f"{path}: expected a JSON list of RM-Bench entries, got an empty list")
+    return [_parse_styled_pair(record, f"{path}, entry {number}") for number, record in enumerate(records, start=1)]
 
 
 def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def _parse(text: bytes, place: str) -> Any:
+def _parse_json(text: bytes, location: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # JSON or UTF-8
-        raise ValueError(f"{place}: not valid JSON ({error})") from error
+    except ValueError as error:  # the bytes are not valid UTF-8, or the text is not valid JSON
+        raise ValueError(f"{location}: not valid JSON ({error})") from error
 
 
-def _has_keys(record: Any, place: str) -> None:
+def _check_keys(record: Any, location: str) -> None:
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected a JSON object with {', '.join(KEYS)}, got {type(record).__name__}")
+        raise ValueError(f"{location}: expected a JSON object with {', '.join(KEYS)}, got {type(record).__name__}")
     for key in KEYS:
         if key not in record:
-            raise ValueError(f"{place}: the key {key!r} is missing, found {', '.join(map(repr, record)) or 'none'}")
+            raise ValueError(f"{location}: the key {key!r} is missing, found {', '.join(map(repr, record)) or 'none'}")
 
 
-def _pair(record: Any, place: str) -> Pair:
-    _has_keys(record, place)
+def _parse_pair(record: Any, location: str) -> Pair:
+    _check_keys(record, location)
     for key in KEYS:
         if not isinstance(record[key], str):
-            raise ValueError(f"{place}: {key!r} must be a string, got {type(record[key]).__name__}")
+            raise ValueError(f"{location}: {key!r} must be a string, got {type(record[key]).__name__}")
         if key != "prompt" and not record[key]:
-            raise ValueError(f"{place}: the answer {key!r} is empty")
+            raise ValueError(f"{location}: the answer {key!r} is empty")
     confidence = record.get("confidence")
-    number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
-    if confidence is not None and not (number and 0 <= confidence <= 1):
-        raise ValueError(f"{place}: 'confidence' must be a number from 0 to 1, got {confidence!r}")
+    is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+    if confidence is not None and not (is_number and 0 <= confidence <= 1):
+        raise ValueError(f"{location}: 'confidence' must be a number from 0 to 1, got {confidence!r}")
     source = record.get("source")
-    named = source if isinstance(source, str) else ""  # other tools keep other things under this name
-    return Pair(record["prompt"], record["chosen"], record["rejected"], confidence, named)
+    # Other tools store numbers or objects under this key. An error here would reject their otherwise valid files.
+    source_name = source if isinstance(source, str) else ""
+    return Pair(record["prompt"], record["chosen"], record["rejected"], confidence, source_name)
 
 
-def _styled(record: Any, place: str) -> Styled:
-    _has_keys(record, place)
+def _parse_styled_pair(record: Any, location: str) -> StyledPair:
+    _check_keys(record, location)
     if not isinstance(record["prompt"], str):
-        raise ValueError(f"{place}: 'prompt' must be a string, got {type(record['prompt']).__name__}")
-    for key in KEYS[1:]:
+        raise ValueError(f"{location}: 'prompt' must be a string, got {type(record['prompt']).__name__}")
+    for key in ("chosen", "rejected"):
         answers = record[key]
-        if not (isinstance(answers, list) and len(answers) == len(STYLES) and all(map(_is_text, answers))):
-            raise ValueError(f"{place}: {key!r} must be {len(STYLES)} answers, {', '.join(STYLES)}, none of them empty")
-    return Styled(record["prompt"], tuple(record["chosen"]), tuple(record["rejected"]))
+        if not (isinstance(answers, list) and len(answers) == len(STYLES) and all(map(_is_nonempty_text, answers))):
+            raise ValueError(
+                f"{location}: {key!r} must be a list of {len(STYLES)} non-empty answers ({', '.join(STYLES)})"
+            )
+    return StyledPair(record["prompt"], tuple(record["chosen"]), tuple(record["rejected"]))
 
 
-def _is_text(value: Any) -> bool:
+def _is_nonempty_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""

@@ -1,6 +1,8 @@
-"""An experiment: imitate, learn a preference from that checkpoint with one loss, evaluate. Knows no files, no tables.
+"""Train a model in the two phases of a study: imitation, then preference training with one of the losses.
 
-Everything here is a function of its arguments: the same seed gives the same figures, on one thread bit by bit.
+Depends on torch, rich, amapo_loss, and on estimators.py and models.py.
+
+Every result is a function of the arguments alone. With one thread, the same seed gives bitwise the same numbers.
 """
 
 import random
@@ -16,33 +18,38 @@ from amapo_loss import AdaptiveMargin, AMaPOOutput, amapo_loss, dpo_loss, sequen
 from benchmarks.studies.estimators import estimators
 from benchmarks.studies.models import Texts
 
-EVALUATION_BATCH = 128
-Figures = dict[str, Any]
+EVALUATION_BATCH_SIZE = 128  # texts per forward pass without gradients
+
+Metrics = dict[str, Any]  # the measurements of one run: numbers and nested dictionaries, as in the JSON
+AnswerLogps = tuple[Tensor, Tensor]  # summed log-probs [N] and lengths in tokens [N] of the answers of N texts
 
 
 class Logps(NamedTuple):
-    """Summed log-probs and lengths of some pairs under one model, [B] each."""
+    """Summed log-probs and lengths in tokens of the answers of B pairs under one model."""
 
-    chosen: Tensor
-    rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
+    chosen: Tensor  # [B]
+    rejected: Tensor  # [B]
+    chosen_lengths: Tensor  # [B]
+    rejected_lengths: Tensor  # [B]
 
     def ranking(self) -> Tensor:
-        """Difference of the average log-probs, nats a token: which answer the model itself prefers."""
+        """Return the difference of the average log-probs, [B] in nats per token, detached.
+
+        The model ranks a pair correctly where the difference is above 0.
+        """
         return (self.chosen / self.chosen_lengths - self.rejected / self.rejected_lengths).detach()
 
-    def rows(self, rows: Tensor | slice) -> "Logps":
-        """Those of some pairs."""
-        return Logps(*(values[rows] for values in self))
+    def select(self, indices: Tensor) -> "Logps":
+        """Return the pairs with these indices [M]."""
+        return Logps(*(tensor[indices] for tensor in self))
 
 
-# Policy and reference log-probs in, a loss for each pair and diagnostics out.
+# An objective maps the log-probs of the policy and of the reference to the loss and its diagnostics.
 Objective = Callable[[Logps, Logps], AMaPOOutput]
 
 
 def averaged(loss: Callable[..., AMaPOOutput], **options: Any) -> Objective:
-    """A loss without a reference, on log-probs averaged over the answer."""
+    """Return an objective that calls a loss without reference on log-probs averaged over the tokens of an answer."""
     return lambda policy, _: loss(
         policy.chosen,
         policy.rejected,
@@ -54,20 +61,27 @@ def averaged(loss: Callable[..., AMaPOOutput], **options: Any) -> Objective:
 
 @dataclass(frozen=True)
 class Treatment:
-    """One way to learn the preference, as data."""
+    """A preference loss and the conditions under which it is trained.
+
+    The names of the fields are keys of the JSON that a study writes.
+    """
 
     loss: Literal["amapo", "simpo", "dpo"] = "amapo"
     beta: float = 2.0
-    gamma: float = 0.0  # SimPO's margin, in score units
-    margin: AdaptiveMargin = AdaptiveMargin()
-    batch_size: int | None = None  # pairs a step, where it is not the setting's; steps times pairs stay the same
-    micro_batch: int | None = None  # pairs that a statistic is taken over; None: the whole batch
-    estimator: str = "itself"  # one of benchmarks.studies.estimators
+    gamma: float = 0.0  # the margin of SimPO, in score units
+    margin: AdaptiveMargin = AdaptiveMargin()  # the margin of AMaPO
+    batch_size: int | None = None
+    """Pairs per step; None: the batch size of `Optimization`.
+
+    The number of steps changes with it, so that all treatments see the same number of pairs.
+    """
+    micro_batch: int | None = None  # pairs that the statistics are taken over; None: the whole batch
+    estimator: str = "itself"  # a key of `estimators.estimators`, which gives the statistics of a micro-batch
     flipped: float = 0.0  # share of the training pairs whose answers are swapped
-    misranked: float | None = None  # share of every batch that the checkpoint ranks wrong; None: as they come
+    misranked: float | None = None  # share of each batch that the checkpoint ranks wrongly; None: random batches
 
     def objective(self, batch_size: int, device: str | torch.device = "cpu") -> Objective:
-        """The loss, with a state of its own where the estimator has one."""
+        """Return the objective that gives a loss per pair. If its estimator has a state, the state is new."""
         if self.loss == "dpo":
             return lambda policy, ref: dpo_loss(
                 policy.chosen, policy.rejected, ref.chosen, ref.rejected, beta=self.beta, reduction="none"
@@ -80,53 +94,74 @@ class Treatment:
         return averaged(amapo_loss, beta=self.beta, margin=self.margin, statistics=statistics, reduction="none")
 
     def unified_margin(self, margins: Tensor, ref: Logps) -> Tensor:
-        """The margin over the policy's own score, [B]: DPO's is what its reference contributes."""
+        """Return the margin [B] by which the policy's own score must exceed 0, in score units.
+
+        For DPO, the score difference under the reference acts as such a margin.
+
+        Args:
+            margins: [B] margins of the loss.
+            ref: log-probs of the reference.
+        """
         return margins + self.beta * (ref.chosen - ref.rejected) if self.loss == "dpo" else margins
 
     def rewards(self, sums: Tensor, lengths: Tensor, ref_sums: Tensor) -> Tensor:
-        """Of answers, [N]: what the loss itself ranks by."""
+        """Return the implicit rewards [N] of answers, whose differences are the scores that the loss ranks pairs by.
+
+        Args:
+            sums: [N] summed log-probs under the policy.
+            lengths: [N] lengths in tokens.
+            ref_sums: [N] summed log-probs under the reference.
+        """
         return self.beta * (sums - ref_sums if self.loss == "dpo" else sums / lengths)
 
 
 class Optimization(NamedTuple):
-    """How the preference is learned, whatever the loss."""
+    """The options of preference training that do not depend on the loss."""
 
     steps: int
     batch_size: int
     learning_rate: float
     probe_every: int | None = None
-    """Steps from one measurement of the parameters' gradients to the next; None: never."""
+    """Number of steps between two measurements of the gradient norms; None: no measurement."""
 
 
 class Trace(NamedTuple):
-    """What happened in training."""
+    """What happened at each step of preference training, measured before the optimizer's update."""
 
-    ranking: Tensor  # [steps, B] nats a token, before the step
-    margins: Tensor  # [steps, B] over the policy's own score
+    ranking: Tensor  # [steps, B] differences of the average log-probs, nats per token
+    margins: Tensor  # [steps, B] unified margins, score units
     weights: Tensor  # [steps, B] gradient weights
-    gradient_error: Tensor  # [steps] of the margins against those of the whole batch's statistics, relative
-    probes: list[tuple[int, float, float, float]]  # step; gradient norm of the correct pairs, the misranked, all
+    gradient_error: Tensor  # [steps] relative error of the weights against those with the whole batch's statistics
+    probes: list[tuple[int, float, float, float]]  # (step, gradient norm of correct pairs, misranked pairs, all pairs)
 
 
-def answer_logps(model: nn.Module, texts: Texts, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed log-probs and lengths of the answers in these rows, [N] each, on the model's device."""
+def answer_logps(model: nn.Module, texts: Texts, indices: Tensor) -> AnswerLogps:
+    """Return the summed log-probs and the lengths of the answers with these indices [N], on the model's device."""
     device = next(model.parameters()).device
-    tokens, labels = (values.to(device) for values in texts.rows(rows))
+    tokens, labels = (tensor.to(device) for tensor in texts.select(indices))
     return sequence_logps(model(tokens), labels, average=False), (labels >= 0).sum(1)
 
 
 def pair_logps(model: nn.Module, texts: Texts, pairs: Tensor) -> Logps:
-    """Of the pairs with these numbers, where `texts` has all chosen answers first, then all rejected ones."""
-    sums, lengths = answer_logps(model, texts, torch.cat([pairs, pairs + len(texts.tokens) // 2]))
-    return Logps(*sums.chunk(2), *lengths.chunk(2))
+    """Return the log-probs of the pairs with these indices [B], on the model's device.
+
+    `texts` holds all chosen answers, followed by all rejected answers in the same order.
+    """
+    return as_pairs(*answer_logps(model, texts, torch.cat([pairs, pairs + len(texts.tokens) // 2])))
 
 
 @torch.no_grad()
-def all_logps(model: nn.Module, texts: Texts, description: str = "") -> tuple[Tensor, Tensor]:
-    """Summed log-probs and lengths of every answer, [N] each, in memory."""
-    batches = torch.arange(len(texts.tokens)).split(EVALUATION_BATCH)
+def all_logps(model: nn.Module, texts: Texts, description: str = "") -> AnswerLogps:
+    """Return the summed log-probs and the lengths of all answers, on the CPU.
+
+    Args:
+        model: the model.
+        texts: the texts.
+        description: title of a progress bar; the default draws no progress bar.
+    """
+    batches = torch.arange(len(texts.tokens)).split(EVALUATION_BATCH_SIZE)
     parts = [
-        [values.cpu() for values in answer_logps(model, texts, batch)]
+        [tensor.cpu() for tensor in answer_logps(model, texts, batch)]
         for batch in track(batches, description, disable=not description)
     ]
     sums, lengths = map(torch.cat, zip(*parts))
@@ -134,12 +169,12 @@ def all_logps(model: nn.Module, texts: Texts, description: str = "") -> tuple[Te
 
 
 def as_pairs(sums: Tensor, lengths: Tensor) -> Logps:
-    """All chosen answers come first."""
+    """Return sums [2B] and lengths [2B] as pairs. The first B entries belong to the chosen answers."""
     return Logps(*sums.chunk(2), *lengths.chunk(2))
 
 
 def shuffled_batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Tensor:
-    """[steps, batch_size] numbers below n, epoch after epoch in a new order."""
+    """Return batches of the indices 0 to n - 1, [steps, batch_size]. Every epoch is a new permutation of them."""
     needed = steps * batch_size
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(n, generator=generator) for _ in range(-(-needed // n))]
@@ -147,34 +182,60 @@ def shuffled_batches(n: int, batch_size: int, steps: int, seed: int = 0) -> Tens
 
 
 def composed_batches(misranked: Tensor, share: float, batch_size: int, steps: int, seed: int = 0) -> Tensor:
-    """The same, with a given share of misranked pairs in every batch; `misranked` is a mask of the pairs, [n].
+    """Return batches of pair indices, [steps, batch_size], that all have the same share of misranked pairs.
+
+    Args:
+        misranked: [n] bool, which pairs are misranked.
+        share: share of misranked pairs in each batch, from 0 to 1.
+        batch_size: pairs per batch.
+        steps: number of batches.
+        seed: seed of the order.
 
     Raises:
-        ValueError: if there is none of a kind that the share asks for.
+        ValueError: if batches need misranked pairs and there are none, or correct pairs and there are none.
     """
-    wrong = round(share * batch_size)
+    num_misranked = round(share * batch_size)
     parts = []
-    for count, pool in ((wrong, misranked), (batch_size - wrong, ~misranked)):
-        numbers = pool.nonzero()[:, 0]
-        if count and not len(numbers):
-            raise ValueError(f"a share of {share:g} misranked pairs needs pairs of both kinds, the checkpoint has one")
-        if count:
-            parts.append(numbers[shuffled_batches(len(numbers), count, steps, seed)])
+    for count, mask in ((num_misranked, misranked), (batch_size - num_misranked, ~misranked)):
+        if count == 0:
+            continue
+        indices = mask.nonzero()[:, 0]
+        if not len(indices):
+            raise ValueError(
+                f"a share of {share:g} misranked pairs needs both correct and misranked pairs, "
+                "but the checkpoint has only one of them"
+            )
+        parts.append(indices[shuffled_batches(len(indices), count, steps, seed)])
     return torch.cat(parts, dim=1)
 
 
 def imitate(
-    model: nn.Module, texts: Texts, steps: int, batch_size: int, learning_rate: float = 2e-3,
-    seed: int = 0, description: str = "",
-) -> None:  # fmt: skip
-    """Supervised fine-tuning, in place."""
+    model: nn.Module,
+    texts: Texts,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    description: str = "",
+) -> None:
+    """Train the model in place by supervised fine-tuning on the answers.
+
+    Args:
+        model: the model.
+        texts: the demonstrations.
+        steps: number of steps; 0 leaves the model as it is.
+        batch_size: texts per step.
+        learning_rate: peak of the one-cycle schedule.
+        seed: seed of the order of the texts.
+        description: title of a progress bar; the default draws no progress bar.
+    """
     if steps == 0:
         return
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     batches = list(shuffled_batches(len(texts.tokens), batch_size, steps, seed))
-    for rows in track(batches, description, disable=not description):
-        sums, lengths = answer_logps(model, texts, rows)
+    for batch in track(batches, description, disable=not description):
+        sums, lengths = answer_logps(model, texts, batch)
         loss = -(sums / lengths).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -183,33 +244,49 @@ def imitate(
 
 
 def prefer(
-    model: nn.Module, treatment: Treatment, texts: Texts, ref: tuple[Tensor, Tensor], optimization: Optimization,
-    seed: int = 0, description: str = "",
-) -> Trace:  # fmt: skip
-    """Preference training, in place; `ref` are the checkpoint's log-probs and lengths of the texts."""
-    pairs, device = len(texts.tokens) // 2, next(model.parameters()).device
-    if treatment.flipped:
-        texts, ref = flipped(texts, ref, treatment.flipped, seed)
-    ref_pairs = as_pairs(*(values.to(device) for values in ref))
-    batch = treatment.batch_size or optimization.batch_size
-    steps = max(1, optimization.steps * optimization.batch_size // batch)
-    if treatment.misranked is None:
-        batches = shuffled_batches(pairs, batch, steps, seed)
-    else:
-        batches = composed_batches(ref_pairs.ranking().cpu() <= 0, treatment.misranked, batch, steps, seed)
+    model: nn.Module,
+    treatment: Treatment,
+    texts: Texts,
+    ref: AnswerLogps,
+    optimization: Optimization,
+    seed: int = 0,
+    description: str = "",
+) -> Trace:
+    """Train the model in place on preference pairs and return what happened at each step.
 
-    objective = treatment.objective(batch, device)
+    Args:
+        model: the checkpoint to start from.
+        treatment: the loss and its conditions.
+        texts: all chosen answers, followed by all rejected answers in the same order.
+        ref: log-probs and lengths of `texts` under the checkpoint, which is the reference.
+        optimization: the number of steps, the batch size and the learning rate.
+        seed: seed of the order of the pairs and of the choice of flipped pairs.
+        description: title of a progress bar; the default draws no progress bar.
+    """
+    num_pairs, device = len(texts.tokens) // 2, next(model.parameters()).device
+    if treatment.flipped:
+        texts, ref = flip_labels(texts, ref, treatment.flipped, seed)
+    ref_pairs = as_pairs(*(tensor.to(device) for tensor in ref))
+    batch_size = treatment.batch_size or optimization.batch_size
+    steps = max(1, optimization.steps * optimization.batch_size // batch_size)
+    if treatment.misranked is None:
+        batches = shuffled_batches(num_pairs, batch_size, steps, seed)
+    else:
+        misranked = ref_pairs.ranking().cpu() <= 0
+        batches = composed_batches(misranked, treatment.misranked, batch_size, steps, seed)
+
+    objective = treatment.objective(batch_size, device)
+    is_estimated = treatment.loss == "amapo" and (treatment.micro_batch or treatment.estimator != "itself")
+    exact_objective = averaged(amapo_loss, beta=treatment.beta, margin=treatment.margin)
+    micro_batches = torch.arange(batch_size, device=device).split(treatment.micro_batch or batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optimization.learning_rate)
     records, probes = [], []
-    for step, rows in enumerate(track(list(batches), description, disable=not description)):
-        policy, reference = pair_logps(model, texts, rows), ref_pairs.rows(rows.to(device))
-        micro_batches = torch.arange(batch, device=device).split(treatment.micro_batch or batch)
-        outputs = [objective(policy.rows(part), reference.rows(part)) for part in micro_batches]
+    for step, batch in enumerate(track(list(batches), description, disable=not description)):
+        policy, reference = pair_logps(model, texts, batch), ref_pairs.select(batch.to(device))
+        outputs = [objective(policy.select(indices), reference.select(indices)) for indices in micro_batches]
         losses = torch.cat([output.loss for output in outputs])
-        margins, weights = (
-            torch.cat([getattr(output.diagnostics, name) for output in outputs])
-            for name in ("margins", "gradient_weights")
-        )
+        margins = torch.cat([output.diagnostics.margins for output in outputs])
+        weights = torch.cat([output.diagnostics.gradient_weights for output in outputs])
         ranking = policy.ranking()
         if optimization.probe_every and step % optimization.probe_every == 0:
             probes.append((step, *gradient_norms(model, losses, ranking)))
@@ -217,33 +294,50 @@ def prefer(
         losses.mean().backward()
         optimizer.step()
 
-        exact = weights
-        if treatment.loss == "amapo" and (treatment.micro_batch or treatment.estimator != "itself"):
-            whole = averaged(amapo_loss, beta=treatment.beta, margin=treatment.margin)
-            exact = whole(Logps(*(values.detach() for values in policy)), reference).diagnostics.gradient_weights
-        error = (weights - exact).norm() / exact.norm()
+        exact_weights = weights
+        if is_estimated:
+            detached = Logps(*(tensor.detach() for tensor in policy))
+            exact_weights = exact_objective(detached, reference).diagnostics.gradient_weights
+        error = (weights - exact_weights).norm() / exact_weights.norm()
         records.append((ranking, treatment.unified_margin(margins, reference), weights, error))
-    ranking, margins, weights, errors = (torch.stack(values).cpu() for values in zip(*records))
+    ranking, margins, weights, errors = (torch.stack(tensors).cpu() for tensors in zip(*records))
     return Trace(ranking, margins, weights, errors, probes)
 
 
 def gradient_norms(model: nn.Module, losses: Tensor, ranking: Tensor) -> tuple[float, float, float]:
-    """Norm of what the correct pairs, the misranked ones and all contribute to the parameters' gradient of the mean."""
+    """Return the norms of the parameter gradients that the correct pairs, the misranked pairs and all pairs contribute.
+
+    The gradient of a group is that of its summed losses divided by the batch size, so the gradients of the correct and
+    of the misranked pairs add up to the gradient of all pairs.
+
+    Args:
+        model: the model.
+        losses: [B] loss per pair, with its graph. The graph is kept.
+        ranking: [B] differences of the average log-probs.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norms = []
     for group in (ranking > 0, ranking <= 0, torch.ones_like(ranking, dtype=torch.bool)):
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        part = torch.where(group, losses, 0).sum() / len(losses)
-        gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-        norms.append(nn.utils.get_total_norm([g for g in gradients if g is not None]).item())
-    correct, misranked, everything = norms
-    return correct, misranked, everything
+        group_loss = torch.where(group, losses, 0).sum() / len(losses)
+        gradients = torch.autograd.grad(group_loss, parameters, retain_graph=True, allow_unused=True)
+        norms.append(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item())
+    correct, misranked, all_pairs = norms
+    return correct, misranked, all_pairs
 
 
-def flipped(texts: Texts, ref: tuple[Tensor, Tensor], share: float, seed: int) -> tuple[Texts, tuple[Tensor, Tensor]]:
-    """The answers of a share of the pairs swapped, the same ones for the same seed."""
-    pairs = len(texts.tokens) // 2
-    # Not the generator of the batches: by the same permutation, the first of them would be the flipped pairs alone.
-    swapped = torch.tensor(random.Random(seed).sample(range(pairs), round(share * pairs)), dtype=torch.int64)
-    order = torch.arange(2 * pairs)
-    order[swapped], order[swapped + pairs] = swapped + pairs, swapped
+def flip_labels(texts: Texts, ref: AnswerLogps, share: float, seed: int) -> tuple[Texts, AnswerLogps]:
+    """Return the texts and their reference log-probs with the answers swapped in a random share of the pairs.
+
+    Args:
+        texts: all chosen answers, followed by all rejected answers in the same order.
+        ref: log-probs and lengths of `texts` under the reference.
+        share: share of the pairs whose answers are swapped, from 0 to 1.
+        seed: seed of the choice of pairs.
+    """
+    num_pairs = len(texts.tokens) // 2
+    # The order of the pairs comes from torch's generator with the same seed. With the same permutation here, the first
+    # batches would consist of flipped pairs alone, so Python's generator chooses the pairs.
+    flipped = torch.tensor(random.Random(seed).sample(range(num_pairs), round(share * num_pairs)), dtype=torch.int64)
+    order = torch.arange(2 * num_pairs)
+    order[flipped], order[flipped + num_pairs] = flipped + num_pairs, flipped
     return Texts(texts.tokens[order], texts.labels[order]), (ref[0][order], ref[1][order])

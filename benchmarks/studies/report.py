@@ -1,4 +1,7 @@
-"""How the runs of a study become a table and a picture. Knows no study."""
+"""Turn the runs of a study into a table, and draw them: the building blocks that the definitions of the studies share.
+
+Depends on torch, matplotlib, rich, and on harness.py and sweep.py.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,105 +13,145 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.studies.harness import Figures
+from benchmarks.studies.harness import Metrics
 from benchmarks.studies.sweep import IMITATION, Run
 
-Column = Callable[[Figures], float | None]  # what a run shows in a column of the table
-# Mean and standard deviation over the seeds, None where there is one seed only; None where no run has a value.
-Cell = tuple[float, float | None] | None
-IN_PERCENT = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # how these columns begin
+# A column of the table maps the metrics of a run to a number, or to None if the run has no such number.
+Column = Callable[[Metrics], float | None]
+# The mean and the standard deviation over the seeds. The standard deviation is None for a single seed. All is None if
+# no run has a number.
+Summary = tuple[float, float | None] | None
+PERCENT_COLUMNS = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # beginnings of their names
+SMALL_FONT = 8.5  # font size of explanations and legends
 
 
-def of(*path: str) -> Column:
-    """A figure of a run, by its way through the dictionaries; None where the run has no such figure."""
+def metric_at(*path: str) -> Column:
+    """Return a column that looks up a metric by its keys in the nested dictionaries, outermost key first."""
 
-    def look_up(figures: Figures) -> float | None:
-        found: Any = figures
-        for name in path:
-            found = None if found is None else found.get(name)
-        return None if found is None else float(found)
+    def look_up(metrics: Metrics) -> float | None:
+        value: Any = metrics
+        for key in path:
+            value = None if value is None else value.get(key)
+        return None if value is None else float(value)
 
     return look_up
 
 
-def values(runs: list[Run], treatment: str, column: Column) -> Tensor:
-    """Of the seeds, in their order; those that have one."""
-    found = [column(run.figures) for run in sorted(runs, key=lambda run: run.seed) if run.treatment == treatment]
-    return torch.tensor([value for value in found if value is not None], dtype=torch.float64)
+def seed_values(runs: list[Run], treatment: str, column: Column) -> Tensor:
+    """Return the column's number for each seed of a treatment, in the order of the seeds.
+
+    Seeds without such a number are left out, so the result may be empty.
+    """
+    of_treatment = sorted((run for run in runs if run.treatment == treatment), key=lambda run: run.seed)
+    numbers = [column(run.metrics) for run in of_treatment]
+    return torch.tensor([number for number in numbers if number is not None], dtype=torch.float64)
 
 
-def cell(found: Tensor) -> Cell:
-    """Mean and spread."""
-    if not len(found):
+def summarize(values: Tensor) -> Summary:
+    """Return the mean and the standard deviation of the values [seeds]."""
+    if not len(values):
         return None
-    return found.mean().item(), found.std().item() if len(found) > 1 else None
+    return values.mean().item(), values.std().item() if len(values) > 1 else None
 
 
-def treatments(runs: list[Run]) -> list[str]:
-    """Their names, in their order."""
+def treatment_names(runs: list[Run]) -> list[str]:
+    """Return the names of the treatments in the order of their first runs."""
     return list(dict.fromkeys(run.treatment for run in runs))
 
 
-def tabulate(runs: list[Run], columns: dict[str, Column], baseline: str) -> dict[str, dict[str, Cell]]:
-    """Every column by treatment, and the held-out accuracy over that of the baseline with the same seed."""
+def tabulate(runs: list[Run], columns: dict[str, Column], baseline: str) -> dict[str, dict[str, Summary]]:
+    """Return the table of a study: the summary of every column, by treatment.
+
+    The last column, "over BASELINE", summarizes the differences in held-out accuracy from the baseline. Each difference
+    is between two runs with the same seed, that is, from the same checkpoint.
+    """
+    held_out = metric_at("held out")
     rows = {}
-    for name in treatments(runs):
-        row = {title: cell(values(runs, name, column)) for title, column in columns.items()}
+    for name in treatment_names(runs):
+        row = {title: summarize(seed_values(runs, name, column)) for title, column in columns.items()}
         if name not in (baseline, IMITATION):
-            mine, theirs = (values(runs, each, of("held out")) for each in (name, baseline))
-            row[f"over {baseline}"] = cell(mine - theirs)
+            differences = seed_values(runs, name, held_out) - seed_values(runs, baseline, held_out)
+            row[f"over {baseline}"] = summarize(differences)
         rows[name] = row
     return rows
 
 
-def print_table(console: Console, title: str, rows: dict[str, dict[str, Cell]]) -> None:
-    """A row a treatment: mean and, in brackets, standard deviation over the seeds."""
+def print_table(console: Console, title: str, rows: dict[str, dict[str, Summary]]) -> None:
+    """Print the table of a study with one row per treatment."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title=title, box=SIMPLE, collapse_padding=True, padding=(0, 1))
+    caption = "mean (standard deviation) over the seeds; accuracies and shares in percent"
+    table = Table(title=title, caption=caption, box=SIMPLE, collapse_padding=True, padding=(0, 1))
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right", vertical="bottom")
     for name, row in rows.items():
-        table.add_row(name, *(shown(column, row.get(column)) for column in columns))
+        table.add_row(name, *(format_summary(column, row.get(column)) for column in columns))
     console.print(table)
 
 
-def shown(column: str, found: Cell) -> str:
-    """The text of a cell."""
-    if found is None:
+def format_summary(column: str, summary: Summary) -> str:
+    """Return the text of a table cell, in percent or with three significant digits, depending on its column."""
+    if summary is None:
         return ""
-    mean, std = found
-    share = column.startswith(IN_PERCENT)
-    text = f"{100 * mean:{'+' * column.startswith('over ')}.1f}" if share else f"{mean:.3g}"
-    return text if std is None else f"{text} ({100 * std:.1f})" if share else f"{text} ({std:.2g})"
+    mean, std = summary
+    if column.startswith(PERCENT_COLUMNS):
+        sign = "+" if column.startswith("over ") else ""
+        text, std_text = f"{100 * mean:{sign}.1f}", "" if std is None else f" ({100 * std:.1f})"
+    else:
+        text, std_text = f"{mean:.3g}", "" if std is None else f" ({std:.2g})"
+    return text + std_text
 
 
-def dots(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:
-    """A row a treatment: a dot a seed, a bar at their mean; and a line through the baseline's mean."""
-    found = {name: values(runs, name, column) for name in treatments(runs)}
-    for row, of_seeds in enumerate(found.values()):
-        axes.plot(of_seeds, [row] * len(of_seeds), "o", color="C0", alpha=0.5, markersize=5)
-        if len(of_seeds):
-            axes.plot([of_seeds.mean()] * 2, [row - 0.3, row + 0.3], color="C0")
-    if len(found[baseline]):
-        axes.axvline(found[baseline].mean().item(), color="grey", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
+def plot_seeds(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:
+    """Draw one row per treatment: a dot for each seed and a bar at their mean.
+
+    A dotted line marks the mean of the baseline, and the title explains the marks.
+
+    Args:
+        axes: where to draw.
+        runs: the runs of all treatments.
+        column: the number to draw.
+        label: what the number is, for the x axis.
+        baseline: name of a treatment.
+    """
+    values = {name: seed_values(runs, name, column) for name in treatment_names(runs)}
+    marks = "dot: one seed, bar: mean"
+    for row, of_treatment in enumerate(values.values()):
+        axes.plot(of_treatment, [row] * len(of_treatment), "o", color="C0", alpha=0.5, markersize=5)
+        if len(of_treatment):
+            axes.plot([of_treatment.mean()] * 2, [row - 0.3, row + 0.3], color="C0")
+    if len(values[baseline]):
+        axes.axvline(values[baseline].mean().item(), color="grey", linewidth=0.8, linestyle=":")
+        marks += f", dotted line: mean of {baseline}"
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()  # the first treatment comes on top, as in the table
     axes.set_xlabel(label)
+    axes.set_title(marks, fontsize=SMALL_FONT)
 
 
-def line(
+def plot_means(
     axes: Axes, runs: list[Run], points: Mapping[int, str] | Mapping[float, str], column: Column, label: str
 ) -> None:
-    """Mean over the seeds and its spread, at the x of every treatment."""
-    found = {x: cell(values(runs, name, column)) for x, name in points.items()}
-    drawn = [(x, *value) for x, value in found.items() if value is not None]
+    """Draw a line through the means over the seeds, with error bars of one standard deviation.
+
+    The title explains the marks.
+
+    Args:
+        axes: where to draw.
+        runs: the runs of all treatments.
+        points: for each x, the name of its treatment.
+        column: the number to draw.
+        label: name of the line in the legend.
+    """
+    summaries = {x: summarize(seed_values(runs, name, column)) for x, name in points.items()}
+    drawn = [(x, *summary) for x, summary in summaries.items() if summary is not None]
     if drawn:
         x, mean, std = zip(*drawn)
         axes.errorbar(x, mean, [spread or 0 for spread in std], marker="o", capsize=3, label=label)
+    axes.set_title("mean and standard deviation over the seeds", fontsize=SMALL_FONT)
 
 
-def curve(runs: list[Run], treatment: str, *names: str) -> Tensor:
-    """The sum of these curves over all seeds, a value a step."""
-    of_seeds = [run.figures["curves"] for run in runs if run.treatment == treatment]
-    return torch.tensor([curves[name] for curves in of_seeds for name in names]).sum(0)
+def summed_curve(runs: list[Run], treatment: str, *names: str) -> Tensor:
+    """Return the sum of the named training curves over all seeds of a treatment, [steps]."""
+    curves_by_seed = [run.metrics["curves"] for run in runs if run.treatment == treatment]
+    return torch.tensor([curves[name] for curves in curves_by_seed for name in names]).sum(0)

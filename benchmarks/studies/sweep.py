@@ -1,7 +1,11 @@
-"""Many treatments by several seeds, over processes, going on where it was interrupted. Knows no study.
+"""Run many treatments with several seeds on a process pool, and keep every finished run in a store.
 
-A checkpoint is made once a seed, a run once a treatment and seed. Each is kept in a file of the store as soon as it is
-done, under a key of everything that it depends on: the settings, the content of the files, and the code.
+Depends on torch, rich, amapo_loss, benchmarks.record, and on data.py, evaluation.py, harness.py and models.py.
+
+Each seed has one checkpoint, and each combination of treatment and seed is one run. A result is written to a file of
+the store as soon as it is computed, so an interrupted sweep loses only the runs in progress. The name of the file is a
+hash of everything that the result depends on: the settings, the treatment, the seed, the content of the data files, and
+the code.
 """
 
 import hashlib
@@ -12,18 +16,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import BytesIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 import amapo_loss
 from benchmarks.record import write_whole
-from benchmarks.studies.data import STYLES, Corpus, Pair, both_answers, file_corpus, generated_corpus
-from benchmarks.studies.harness import Figures, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
+from benchmarks.studies.data import Corpus, both_answers, file_corpus, generated_corpus
+from benchmarks.studies.evaluation import evaluate, training_metrics
+from benchmarks.studies.harness import AnswerLogps, Metrics, Optimization, Treatment, all_logps, imitate, prefer
 from benchmarks.studies.models import (
     BYTES,
     ByteLM,
@@ -35,52 +39,81 @@ from benchmarks.studies.models import (
     tensors,
 )
 
-IMITATION = "imitation alone"
-Answers = tuple[Tensor, Tensor]  # summed log-probs and lengths of some answers, [N] each
-BANDS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.01)}  # of the judge's confidence
+IMITATION = "imitation alone"  # the name of the checkpoints among the treatments
+# The modules of this folder that decide the numbers of a run. A module missing here could change without a new key, and
+# the store would then return results of the old code.
+RUN_MODULES = ("data", "estimators", "evaluation", "harness", "models", "sweep")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a study have in common."""
+    """The options that all runs of a study share.
 
-    data: Path | None  # None: generated pairs, and generated styles
-    eval: Path | None
-    rm_bench: tuple[Path, ...]
-    model: Path | None  # a Hugging Face directory; None: a byte model of this size
+    The names of the fields are keys of the JSON that a study writes.
+    """
+
+    data: Path | None  # preference file for training; None: generated pairs and generated styles
+    eval: Path | None  # preference file for the evaluation
+    rm_bench: tuple[Path, ...]  # RM-Bench files
+    model: Path | None  # directory of a Hugging Face model; None: a byte model with this width and these layers
     width: int
     layers: int
-    max_prompt: int
-    max_answer: int
+    max_prompt: int  # tokens kept from the end of a prompt
+    max_answer: int  # tokens kept from the start of an answer
     imitation_steps: int
     imitation_learning_rate: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    probe_every: int
-    generated: int  # training pairs, where they are generated
+    steps: int  # of preference training
+    batch_size: int  # pairs per step of preference training, texts per step of imitation
+    learning_rate: float  # of preference training
+    probe_every: int  # steps between two measurements of the gradient norms; 0: no measurement
+    generated: int  # number of generated pairs for training and validation
 
 
 class Run(NamedTuple):
-    """One treatment from the checkpoint of one seed, and what came of it."""
+    """One treatment with one seed, and its metrics."""
 
     treatment: str
     seed: int
-    figures: Figures
+    metrics: Metrics
+
+    def without_curves(self) -> "Run":
+        """Return the run without its training curves, which are by far the largest metrics."""
+        return self._replace(metrics={name: metric for name, metric in self.metrics.items() if name != "curves"})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as it stands in a study's JSON, where the metrics are called "figures"."""
+        return {"treatment": self.treatment, "seed": self.seed, "figures": self.metrics}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Run":
+        """Return the run that `to_json` has written."""
+        return cls(record["treatment"], record["seed"], record["figures"])
 
 
 class Data(NamedTuple):
-    """A corpus, as tensors."""
+    """A corpus and its texts as tensors."""
 
     corpus: Corpus
-    texts: dict[str, Texts]  # of "demonstrations", "train", "validation", "held out" and every name of `corpus.styled`
-    cut: dict[str, int]
+    texts: dict[str, Texts]  # keys: "demonstrations", "train", "validation", "held out", and those of `corpus.styled`
+    num_truncated: dict[str, int]  # number of truncated texts, same keys
 
 
 def sweep(
     settings: Settings, treatments: dict[str, Treatment], seeds: int, jobs: int, store: Path, device: str
 ) -> list[Run]:
-    """Every treatment with every seed, the checkpoints first; on a CPU one thread a process, whatever their number."""
+    """Run every treatment with every seed, starting with the checkpoints.
+
+    Args:
+        settings: options of all runs.
+        treatments: the treatments, by name.
+        seeds: number of seeds.
+        jobs: number of processes. Each uses one CPU thread, so the results do not depend on this number.
+        store: folder of the finished runs.
+        device: device of the models.
+
+    Returns:
+        The checkpoints' runs under the name `IMITATION`, then those of the treatments.
+    """
     checkpoints: list[tuple[str, Treatment | None, int]] = [(IMITATION, None, seed) for seed in range(seeds)]
     runs = [(name, treatment, seed) for name, treatment in treatments.items() for seed in range(seeds)]
     columns = (
@@ -88,71 +121,93 @@ def sweep(
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("of"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("remaining"),
     )
-    found: dict[tuple[str, int], Figures] = {}
-    spawn = multiprocessing.get_context("spawn")
+    metrics: dict[tuple[str, int], Metrics] = {}
+    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
     try:
         with Progress(*columns) as progress:
-            for description, work in (("imitating", checkpoints), ("learning preferences", runs)):
-                bar = progress.add_task(description, total=len(work))
+            for description, phase in (("training the checkpoints", checkpoints), ("training the treatments", runs)):
+                bar = progress.add_task(description, total=len(phase))
                 futures = {}
-                for name, treatment, seed in work:
-                    path = store / f"{key(settings, treatment, seed, device)}.json"
-                    checkpoint = store / f"{key(settings, None, seed, device)}.pt"
-                    if path.exists():
-                        found[name, seed] = json.loads(path.read_text())
+                for name, treatment, seed in phase:
+                    result_path = store / f"{store_key(settings, treatment, seed, device)}.json"
+                    checkpoint_path = store / f"{store_key(settings, None, seed, device)}.pt"
+                    if result_path.exists():
+                        metrics[name, seed] = json.loads(result_path.read_text())
                         progress.advance(bar)
                     else:
-                        futures[pool.submit(perform, settings, treatment, seed, device, path, checkpoint)] = name, seed
+                        future = pool.submit(
+                            perform_run, settings, treatment, seed, device, result_path, checkpoint_path
+                        )
+                        futures[future] = name, seed
                 for future in as_completed(futures):
-                    found[futures[future]] = future.result()
+                    metrics[futures[future]] = future.result()
                     progress.advance(bar)
     finally:
         pool.shutdown(cancel_futures=True)
-    return [Run(name, seed, found[name, seed]) for name, _, seed in [*checkpoints, *runs]]
+    return [Run(name, seed, metrics[name, seed]) for name, _, seed in [*checkpoints, *runs]]
 
 
-def perform(
-    settings: Settings, treatment: Treatment | None, seed: int, device: str, path: Path, checkpoint: Path
-) -> Figures:
-    """One run, or with no treatment the checkpoint that all runs of a seed start from; kept in these files."""
+def perform_run(
+    settings: Settings,
+    treatment: Treatment | None,
+    seed: int,
+    device: str,
+    result_path: Path,
+    checkpoint_path: Path,
+) -> Metrics:
+    """Perform one run, write its metrics to `result_path`, and return them.
+
+    With a treatment, start from the checkpoint in `checkpoint_path`. Without one, make this checkpoint, which all runs
+    of the seed start from.
+    """
     data = load(settings)
     if treatment is None:
-        kept = make_checkpoint(settings, data, seed, device)
+        checkpoint = make_checkpoint(settings, data, seed, device)
         buffer = BytesIO()
-        torch.save(kept, buffer)
-        write_whole(checkpoint, buffer.getvalue())
-        figures = evaluate(Treatment(), data, kept["logps"], kept["logps"])
+        torch.save(checkpoint, buffer)
+        write_whole(checkpoint_path, buffer.getvalue())
+        metrics = evaluate(Treatment(), data.corpus, data.texts, checkpoint["logps"], checkpoint["logps"])
     else:
-        kept = torch.load(checkpoint, weights_only=True)
+        checkpoint = torch.load(checkpoint_path, weights_only=True)
         model = new_model(settings, seed, device)
-        if kept["state"] is not None:
-            model.load_state_dict(kept["state"])
+        if checkpoint["state"] is not None:
+            model.load_state_dict(checkpoint["state"])
         optimization = Optimization(
             settings.steps, settings.batch_size, settings.learning_rate, settings.probe_every or None
         )
-        trace = prefer(model, treatment, data.texts["train"], kept["logps"]["train"], optimization, seed)
-        figures = evaluate(treatment, data, log_probs(model, data), kept["logps"]) | curves(trace)
-    write_whole(path, json.dumps(figures).encode())
-    return figures
+        ref = checkpoint["logps"]
+        trace = prefer(model, treatment, data.texts["train"], ref["train"], optimization, seed)
+        policy = evaluation_logps(model, data)
+        metrics = evaluate(treatment, data.corpus, data.texts, policy, ref) | training_metrics(trace)
+    write_whole(result_path, json.dumps(metrics).encode())
+    return metrics
 
 
 def make_checkpoint(settings: Settings, data: Data, seed: int, device: str) -> dict[str, Any]:
-    """A model that imitates the demonstrations, and its log-probs of everything."""
+    """Train a model by imitation and return its weights and its log-probs of all texts.
+
+    The weights are None without imitation steps, because `new_model` returns the same ones.
+    """
     model = new_model(settings, seed, device)
     imitate(
-        model, data.texts["demonstrations"], settings.imitation_steps, settings.batch_size,
-        settings.imitation_learning_rate, seed,
-    )  # fmt: skip
-    logps = log_probs(model, data) | {"train": all_logps(model, data.texts["train"])}
+        model,
+        data.texts["demonstrations"],
+        settings.imitation_steps,
+        settings.batch_size,
+        settings.imitation_learning_rate,
+        seed,
+    )
+    logps = evaluation_logps(model, data) | {"train": all_logps(model, data.texts["train"])}
     return {"state": model.state_dict() if settings.imitation_steps else None, "logps": logps}
 
 
 def new_model(settings: Settings, seed: int, device: str) -> nn.Module:
-    """As it is before imitation."""
+    """Return the model before imitation: a byte model initialized with this seed, or the Hugging Face model."""
     torch.manual_seed(seed)
     if settings.model:
         return HuggingFaceLM(settings.model).to(device)
@@ -161,196 +216,76 @@ def new_model(settings: Settings, seed: int, device: str) -> nn.Module:
 
 @cache
 def load(settings: Settings) -> Data:
-    """The pairs as tensors, once a process."""
+    """Load or generate the corpus and convert it to tensors. Each process does this once."""
     if settings.data and settings.eval:
         corpus = file_corpus(settings.data, settings.eval, settings.rm_bench)
     else:
         pairs = settings.generated
         corpus = generated_corpus(pairs, held_out=pairs // 4, demonstrations=2 * pairs, seed=0)
     tokenizer: Tokenizer = hugging_face_tokenizer(settings.model) if settings.model else BYTES
-    answers = {
+    strings = {
         "demonstrations": corpus.demonstrations,
         "train": both_answers(corpus.train),
         "validation": both_answers(corpus.validation),
         "held out": both_answers(corpus.held_out),
     } | {
-        name: [(entry.prompt, text) for entry in entries for text in (*entry.chosen, *entry.rejected)]
-        for name, entries in corpus.styled.items()
+        name: [(pair.prompt, answer) for pair in pairs for answer in (*pair.chosen, *pair.rejected)]
+        for name, pairs in corpus.styled.items()
     }
-    texts, cut = {}, {}
-    for name, these in answers.items():
-        texts[name], cut[name] = tensors(these, settings.max_prompt, settings.max_answer, tokenizer)
+    texts, num_truncated = {}, {}
+    for name, prompts_and_answers in strings.items():
+        texts[name], num_truncated[name] = tensors(
+            prompts_and_answers, settings.max_prompt, settings.max_answer, tokenizer
+        )
     if settings.model:
         check_fit(settings.model, list(texts.values()))
-    return Data(corpus, texts, cut)
+    return Data(corpus, texts, num_truncated)
 
 
-def log_probs(model: nn.Module, data: Data) -> dict[str, Answers]:
-    """Of all answers that a model is judged by."""
+def evaluation_logps(model: nn.Module, data: Data) -> dict[str, AnswerLogps]:
+    """Return the log-probs and lengths of all answers that a model is evaluated on."""
     return {name: all_logps(model, data.texts[name]) for name in ("validation", "held out", *data.corpus.styled)}
 
 
-def evaluate(treatment: Treatment, data: Data, policy: dict[str, Answers], ref: dict[str, Answers]) -> Figures:
-    """How a model ranks pairs that it has not learned from, by average log-prob but for "own score"."""
-    ranking = as_pairs(*policy["held out"]).ranking()
-    right = (ranking > 0).double()
-    pairs = data.corpus.held_out
-    chosen, rejected = treatment.rewards(*policy["held out"], ref["held out"][0]).chunk(2)
-    figures: Figures = {
-        "validation": (as_pairs(*policy["validation"]).ranking() > 0).double().mean().item(),
-        "held out": right.mean().item(),
-        "held out, own score": (chosen > rejected).double().mean().item(),
-        "ranking mean": ranking.mean().item(),
-        "ranking std": ranking.std().item(),
-        "chosen log-prob": (policy["held out"][0] / policy["held out"][1]).chunk(2)[0].mean().item(),
-        "bands": {name: mean_where(right, in_band(pairs, band)) for name, band in BANDS.items()},
-        "sources": {source: mean_where(right, rows) for source, rows in by_source(pairs).items()},
-        "correlations": correlations(policy["held out"], pairs),
-        "styles": {},
-    }
-    for name in data.corpus.styled:
-        sums, lengths = policy[name]
-        same = same_answers(data.texts[name])
-        figures["styles"][name] = style_figures(sums / lengths, same)
-        own_scores = treatment.rewards(sums, lengths, ref[name][0])
-        figures["styles"][name]["own score"] = style_figures(own_scores, same)
-    return figures
-
-
-def mean_where(values: Tensor, rows: list[int]) -> float | None:
-    """Over these rows; None where there is none."""
-    return values[rows].mean().item() if rows else None
-
-
-def in_band(pairs: list[Pair], band: tuple[float, float]) -> list[int]:
-    """Numbers of the pairs with a confidence in it, its lower end included."""
-    return [i for i, pair in enumerate(pairs) if pair.confidence is not None and band[0] <= pair.confidence < band[1]]
-
-
-def by_source(pairs: list[Pair]) -> dict[str, list[int]]:
-    """Numbers of the pairs of each source, by its name."""
-    numbers = sorted(range(len(pairs)), key=lambda i: pairs[i].source)
-    return {source: list(these) for source, these in groupby(numbers, key=lambda i: pairs[i].source) if source}
-
-
-def correlations(answers: Answers, pairs: list[Pair]) -> dict[str, dict[str, float | None]]:
-    """Spearman's, of the judge's confidence with the gaps in log-prob and in perplexity, in all and by source."""
-    chosen, rejected = (answers[0] / answers[1]).double().chunk(2)
-    gaps = {"log-prob": chosen - rejected, "perplexity": (-rejected).exp() - (-chosen).exp()}
-    judged = [i for i, pair in enumerate(pairs) if pair.confidence is not None]
-    groups = {"all": judged} | {
-        source: [i for i in rows if pairs[i].confidence is not None] for source, rows in by_source(pairs).items()
-    }
-    confidence = torch.tensor([pair.confidence or 0.0 for pair in pairs], dtype=torch.float64)
-    return {
-        group: {name: spearman(gap[rows], confidence[rows]) for name, gap in gaps.items()}
-        for group, rows in groups.items()
-    }
-
-
-def spearman(x: Tensor, y: Tensor) -> float | None:
-    """The correlation of ranks, equal values sharing their mean rank; None where one of the two does not vary."""
-
-    def ranks(values: Tensor) -> Tensor:
-        _, place, counts = values.unique(return_inverse=True, return_counts=True)
-        rank_of_each: Tensor = (counts.cumsum(0) - (counts - 1) / 2)[place]
-        return rank_of_each
-
-    if len(x.unique()) < 2 or len(y.unique()) < 2:
-        return None
-    return torch.corrcoef(torch.stack((ranks(x), ranks(y))))[0, 1].item()
-
-
-def same_answers(texts: Texts) -> Tensor:
-    """[entries, 3, 3] where chosen answer i and rejected answer j, cut as they are, read the same."""
-    chosen, rejected = texts.labels.view(-1, 2, len(STYLES), texts.labels.shape[1]).unbind(1)
-    same: Tensor = (chosen[:, :, None] == rejected[:, None, :]).all(-1)
-    return same
-
-
-def style_figures(scores: Tensor, same: Tensor) -> Figures:
-    """RM-Bench's, of the scores of each entry's chosen answers in the three styles and its rejected ones, [N * 6].
-
-    The matrix holds the share of entries where `chosen[i]` outscores `rejected[j]`; where they read the same, neither
-    does, whatever rounding says. easy is the mean of its lower left triangle, normal of the diagonal, hard of the upper
-    right one.
-    """
-    chosen, rejected = scores.view(-1, 2, len(STYLES)).unbind(1)
-    matrix = ((chosen[:, :, None] > rejected[:, None, :]) & ~same).double().mean(0)
-    pairs = len(STYLES) * (len(STYLES) - 1) / 2
-    return {
-        "matrix": matrix.tolist(),
-        "easy": (matrix.tril(-1).sum() / pairs).item(),
-        "normal": matrix.diagonal().mean().item(),
-        "hard": (matrix.triu(1).sum() / pairs).item(),
-        "ties": same.double().mean().item(),
-    }
-
-
-def curves(trace: Trace) -> Figures:
-    """Means over the pairs of every step; the four cases are (ranked right or not) by (margin above 0 or not)."""
-    correct, raised = trace.ranking > 0, trace.margins > 0
-    ranked_as = {"correct": correct, "misranked": ~correct}
-    cases = {
-        f"{ranked}, {margin}": rows & where
-        for ranked, rows in ranked_as.items()
-        for margin, where in {"margin": raised, "no margin": ~raised}.items()
-    }
-    return {
-        "curves": {
-            "accuracy": rounded(correct.double().mean(1)),
-            "ranking": rounded(trace.ranking.mean(1)),
-            "margin": rounded(trace.margins.mean(1)),
-            "gradient error": rounded(trace.gradient_error),
-        }
-        | {f"share, {name}": rounded(rows.double().mean(1)) for name, rows in cases.items()}
-        | {f"spent, {name}": rounded((trace.weights * rows).mean(1)) for name, rows in cases.items()},
-        "gradient error": trace.gradient_error.double().mean().item(),
-        "weight correct": trace.weights[correct].double().mean().item(),
-        "weight misranked": trace.weights[~correct].double().mean().item(),
-        "margin": trace.margins.double().mean().item(),
-        "probes": trace.probes,
-    }
-
-
-def rounded(values: Tensor) -> list[float]:
-    """To four digits: a curve is for drawing."""
-    return [float(f"{value:.4g}") for value in values.tolist()]
-
-
-def key(settings: Settings, treatment: Treatment | None, seed: int, device: str) -> str:
-    """Names the result of a run, by everything that it depends on."""
-    if treatment is None:  # a checkpoint knows nothing of the training after it
+def store_key(settings: Settings, treatment: Treatment | None, seed: int, device: str) -> str:
+    """Return the name of a run's files in the store, a hash of everything that the result depends on."""
+    if treatment is None:
+        # A checkpoint does not depend on the options of preference training. With them in its key, a new learning rate
+        # would repeat the imitation.
         settings = replace(settings, steps=0, learning_rate=0.0, probe_every=0)
-    files = [settings.data, settings.eval, *settings.rm_bench, settings.model]
-    numbers = replace(settings, data=None, eval=None, rm_bench=(), model=None)
-    everything: list[Any] = [asdict(numbers), treatment and asdict(treatment), seed, device, torch.__version__, code()]
-    everything += [path and (path.name, content(path)) for path in files]
-    return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
+    paths = [settings.data, settings.eval, *settings.rm_bench, settings.model]
+    numbers = asdict(replace(settings, data=None, eval=None, rm_bench=(), model=None))
+    treatment_fields = asdict(treatment) if treatment else None
+    inputs: list[Any] = [numbers, treatment_fields, seed, device, torch.__version__, code_digest()]
+    inputs += [(path.name, path_digest(path)) if path else None for path in paths]
+    return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()[:16]
 
 
 @cache
-def content(path: Path) -> str:
-    """A digest of a file; of a directory, which may hold gigabytes, its names, sizes and times."""
+def path_digest(path: Path) -> str:
+    """Return a digest of a file's content.
+
+    A directory holds a model, which can have gigabytes. Its digest covers the names, sizes and times of its files.
+    """
     if path.is_dir():
         stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(path.iterdir())]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
-    return digest([path])
+    return content_digest([path])
 
 
 @cache
-def code() -> str:
-    """A digest of the package's code and of that which runs experiments."""
-    package, here = Path(amapo_loss.__file__).parent, Path(__file__).parent
-    used = [here / f"{name}.py" for name in ("harness", "sweep", "models", "data", "estimators")]
-    return digest([*sorted(package.rglob("*.py")), *used])
+def code_digest() -> str:
+    """Return a digest of the package's code and of `RUN_MODULES`."""
+    package, folder = Path(amapo_loss.__file__).parent, Path(__file__).parent
+    run_modules = [folder / f"{name}.py" for name in RUN_MODULES]
+    return content_digest([*sorted(package.rglob("*.py")), *run_modules])
 
 
-def digest(paths: list[Path]) -> str:
-    """Of all of them."""
+def content_digest(paths: list[Path]) -> str:
+    """Return one digest of the contents of all files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def cores() -> int:
-    """That this process may use."""
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
