@@ -1,55 +1,61 @@
-# Every target sets itself up in .venv on a fresh machine with Python 3.11 or newer.
+# All targets except `gpu`, `help` and `clean` first create the environment .venv, if it is missing or out of date.
+# That needs Python 3.11 to 3.14 with its venv module, and access to PyPI.
 PYTHON ?= python3
+CONSTRAINTS ?= --constraint constraints.txt
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo test lint bench head trainer estimators runs figures gpu clean studies $(STUDIES)
+.PHONY: demo test lint bench head trainer estimators runs figures gpu help clean studies $(STUDIES)
 
-demo: .venv/ready  ## train with DPO, SimPO and AMaPO; DATA= and EVAL= take your own preference files
+demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
 
-test: .venv/ready  ## every test that needs no GPU
+test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.
 	$(RUN) pytest --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
 
-lint: .venv/ready  ## style and types
+lint: .venv/ready  ## Check the style with Ruff and the types with mypy.
 	$(RUN) ruff check $(PACKAGES)
 	$(RUN) ruff format --check $(PACKAGES)
 	$(RUN) mypy
 
-bench: .venv/ready  ## time the loss against the released trainer's arithmetic
+bench: .venv/ready  ## Measure the latency of the loss against the authors' released trainer.
 	$(RUN) benchmarks.speed.latency $(ARGS)
 
-head: .venv/ready  ## time, memory and precision of the language-model head, against peers
+head: .venv/ready  ## Measure time, memory and error of the language-model head against other implementations.
 	$(RUN) benchmarks.speed.head $(ARGS)
 
-trainer: .venv/ready  ## a training step of AMaPOTrainer against one of DPOTrainer
+trainer: .venv/ready  ## Measure a training step of AMaPOTrainer against one of DPOTrainer.
 	$(RUN) benchmarks.speed.trainer $(ARGS)
 
-estimators: .venv/ready  ## how far micro-batches are from the whole batch, with each estimate of its statistics
+estimators: .venv/ready  ## Measure the error of micro-batch statistics for each estimator.
 	$(RUN) benchmarks.studies.estimators $(ARGS)
 
-runs: .venv/ready  ## what the diagnostics look like in a healthy run and in failing ones
+runs: .venv/ready  ## Draw the diagnostics of a healthy run and of failing runs.
 	$(RUN) benchmarks.figures.runs $(ARGS)
 
-figures: .venv/ready  ## draw the README's picture of the two formulas
+figures: .venv/ready  ## Draw the margins of the two formulas.
 	$(RUN) benchmarks.figures.formulas $(ARGS)
 
-studies: .venv/ready  ## all eight studies of benchmarks/README.md; DATA=, EVAL= and RM_BENCH= take your own files
+studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL= and RM_BENCH= take your own files.
 	$(RUN) benchmarks.studies all $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
 
-$(STUDIES): .venv/ready  ## one of them
+$(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
 	$(RUN) benchmarks.studies $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
 
-gpu:  ## what only a GPU can show, into build/gpu, with the PyTorch that is installed
+gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.
 	benchmarks/speed/gpu.sh
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z$$].*:.*## / { sub(/^\$$\(STUDIES\)/, "STUDY", $$1); printf "%-11s %s\n", $$1, $$2 }' Makefile
+	@echo "STUDY is one of: $(STUDIES)."
+
+clean:  ## Delete the environment and all build products.
+	rm -rf .venv build dist *.egg-info
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN) pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
-
-clean:
-	rm -rf .venv build dist *.egg-info

@@ -33,19 +33,19 @@ _SUMMARY_KEYS = (
 
 
 class Diagnostics(NamedTuple):
-    r"""What a loss call found out about each pair, detached and on the device of the log-probs.
+    r"""Results of one loss call for each pair, and a summary to log. A loss returns it; you do not construct it.
 
-    The margins are stored, because the loss is made from them. Everything else is computed when you read it, so that
-    what you do not read costs nothing. The tensors are float32, or float64 where a log-prob is float64.
+    All tensors are detached and on the device of the log-probs. They are float32, or float64 if a log-prob is float64.
+    What the backend did not need for the loss is computed when you read it, so that it costs nothing otherwise.
 
-    Args:
-        pairs: the tensors that the loss was given, perhaps converted to the dtype of the computation.
+    Attributes:
+        pairs: the tensors that the loss was given.
         margins: [B] the margins $h_i$.
         statistics: the mean and the standard deviation that the margins were made from, in score units.
         beta: the scale of the ranking score.
-        label_smoothing: $\epsilon$.
-        rewards: [3, B] scores, chosen rewards and rejected rewards, where the backend has computed them already.
-        summary_values: [15] the values of `summary`, where the backend has computed them already.
+        label_smoothing: the label smoothing $\epsilon$.
+        rewards: [3, B] scores, chosen rewards and rejected rewards from the torch backend, None from Triton.
+        summary_values: [15] the values of `summary` from the Triton backend, None from torch.
 
     """
 
@@ -64,7 +64,7 @@ class Diagnostics(NamedTuple):
 
     @property
     def chosen_rewards(self) -> Tensor:
-        r"""[B] $\beta (\log\pi(y_w) - \log\mathrm{ref}(y_w)) / |y_w|$, without the parts that were not given."""
+        r"""[B] $\beta (\log\pi(y_w) - \log\mathrm{ref}(y_w)) / |y_w|$, with ref = 0 or |y| = 1 where not given."""
         return self._rewards()[1]
 
     @property
@@ -74,7 +74,7 @@ class Diagnostics(NamedTuple):
 
     @property
     def gradient_weights(self) -> Tensor:
-        r"""[B] $w_i = -\partial L_i / \partial r_i$, how hard the loss pulls on each pair."""
+        r"""[B] $w_i = -\partial L_i / \partial r_i$, the gradient of the pair's loss, negated, before the reduction."""
         return _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
 
     def _rewards(self) -> Tensor:
@@ -83,24 +83,25 @@ class Diagnostics(NamedTuple):
         return _reference.log_ratio_differences(self.pairs.to_accumulation_dtype(), self.beta)[1]
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return the batch as 15 scalars, under TRL's names where TRL has one.
+        """Return 15 scalars to log. The keys are TRL's where TRL logs the same value.
 
-        A mean or a share is taken over the pairs of this call. The mean of an empty batch or of an empty group is 0.
+        Means and shares are taken over the pairs of this call on this rank. A mean over no pairs is 0.
 
         Args:
             prefix: string to put in front of every key, for example `"eval_"`.
 
         Returns:
-            A dictionary of 0-dim tensors on the device. The host waits for the device only when you read a value.
+            A dictionary of 0-dim tensors on the device. Reading one with `item()` synchronizes; nothing else does.
 
             - `rewards/chosen`, `rewards/rejected`: mean rewards.
             - `rewards/accuracies`: share of pairs with r > 0.
             - `rewards/margins`: mean score r. This is TRL's name; it has nothing to do with the margin h.
             - `logps/chosen`, `logps/rejected`: mean log-probs as they were passed, so sums where they are sums.
-            - `amapo/score_mean`, `amapo/score_std`: the statistics that the margins were made from.
+            - `amapo/score_mean`, `amapo/score_std`: the statistics that the margins were made from. With a process
+              group, a window or supplied statistics, they cover other pairs than this call's.
             - `amapo/margin_mean`, `amapo/margin_max`: mean and maximum of the margins h.
             - `amapo/margin_active`: share of pairs with h > 0.
-            - `amapo/margin_accuracies`: share of pairs with r above the score mean, the authors' metric.
+            - `amapo/margin_accuracies`: share of pairs with r above `amapo/score_mean`. The authors use this metric.
             - `amapo/gradient_weight_correct`: mean gradient weight of the pairs with r > 0.
             - `amapo/gradient_weight_misranked`: mean gradient weight of the pairs with r <= 0.
             - `amapo/nonfinite`: number of pairs whose score is NaN or infinite.

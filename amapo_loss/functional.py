@@ -20,10 +20,10 @@ from amapo_loss.statistics import Estimator, ScoreStatistics
 
 
 class AMaPOOutput(NamedTuple):
-    """A loss and what the batch looked like.
+    """A loss and its diagnostics.
 
-    Args:
-        loss: 0-dim, or [B] with `reduction="none"`. Call `backward()` on it.
+    Attributes:
+        loss: 0-dim, or [B] with `reduction="none"`.
         diagnostics: scores, margins and gradient weights of the pairs, and a summary to log.
 
     """
@@ -54,53 +54,57 @@ def amapo_loss(
       \qquad r_i = \beta d_i$$
     $$L_i = (1 - \epsilon)\,\mathrm{softplus}(h_i - r_i) + \epsilon\,\mathrm{softplus}(r_i - h_i)$$
 
-    Here $h_i$ is the adaptive margin (see `AdaptiveMargin`). It is made from the mean and the standard deviation of the
-    batch's scores $r$, and no gradient flows through it. Without a reference, $r$ is SimPO's implicit reward. With a
-    reference and summed log-probs, it is DPO's.
+    The reference terms are 0 if no reference is given, and the lengths $|y|$ are 1 if no lengths are given. Averages
+    without a reference make $r$ the score of SimPO, and sums with a reference make it the score of DPO.
+
+    $h_i$ is the adaptive margin, see `AdaptiveMargin`. It is made from the mean and the standard deviation of the
+    batch's scores. No gradient flows through it.
 
     Args:
-        chosen_logps: [B] log-probs of the chosen responses, in nats. Pass the average over the response's tokens, as
-            the paper does (`sequence_logps` returns it), or the sum together with `chosen_lengths`. Any floating dtype
-            and any strides. bfloat16 and float16 are computed in float32, and the gradient has the input's dtype.
-        rejected_logps: [B] log-probs of the rejected responses, likewise.
-        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model, summed or averaged like those
-            of the policy. Pass both references or neither. Compute them without a graph: a gradient would flow into
-            them, too.
+        chosen_logps: [B] log-probs of the chosen responses, in nats: averages over the tokens of a response, as in the
+            paper, or sums. `sequence_logps` returns either. Any floating dtype and any strides are accepted. bfloat16
+            and float16 are converted to float32, and the gradient has the dtype of the input.
+        rejected_logps: [B] log-probs of the rejected responses.
+        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model, sums if the policy's are
+            sums. Pass both references or neither. Compute them under `no_grad`, or gradients reach the reference model.
         ref_rejected_logps: [B] log-probs of the rejected responses under the reference model.
-        chosen_lengths: [B] number of tokens in each chosen response, integer or floating. If given, the log-probs are
-            divided by them, so pass sums. A length of 0 counts as 1. Pass both lengths or neither.
+        chosen_lengths: [B] number of tokens in each chosen response, integer or floating. Pass both lengths if the
+            log-probs are sums and you want averages, else neither. A length of 0 is treated as 1.
         rejected_lengths: [B] number of tokens in each rejected response.
         beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs.
-        label_smoothing: $\epsilon$ in [0, 0.5), the share of pairs that you believe to be labelled the wrong way round.
-        margin: the margin formula and which of its parts to use.
-        statistics: the mean and the standard deviation to make the margins from, in score units, in place of this
-            batch's own. With the statistics of a whole optimizer batch, the gradients of its micro-batches add up to
-            exactly its gradient. A callable estimates them from this batch's scores: a `ScoreWindow`, or a function of
-            yours, see `Estimator`.
-        process_group: the data-parallel group. The statistics are then taken over the pairs of all its ranks. This adds
-            one all-gather of three float64 numbers per rank; without a group there is no communication.
-        reduction: `"mean"` over the B pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses. With a
-            process group, `"mean"` is the mean over the pairs of all ranks. It is scaled for DDP and FSDP, which
-            average gradients over the ranks: the average over the ranks is exactly the loss, and the gradient, of one
-            process with all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` are of this
-            rank's pairs.
-        backend: `"torch"`, or `"triton"`, which computes the loss, its gradient and the summary with one kernel launch
-            on a GPU, in float32. `"auto"` takes Triton for log-probs on a GPU unless they are float64, and torch for
-            everything else. Only torch has second derivatives.
+        label_smoothing: $\epsilon$ in [0, 0.5), the expected share of pairs whose labels are swapped.
+        margin: the margin formula and its options.
+        statistics: what the margins are made from, in place of the mean and the standard deviation of this batch.
+            `ScoreStatistics` are taken as they are; they are in score units, so beta is included. A `ScoreWindow` or
+            any other `Estimator` is called with the scores of this batch and `process_group`. If you pass the
+            statistics of a whole optimizer batch, the sums of the losses (`reduction="sum"`) of its micro-batches have
+            exactly the gradient of the sum over the whole batch.
+        process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. This adds one
+            all-gather of three float64 numbers per rank. None, also under DDP, means that there is no communication and
+            each rank takes its own pairs.
+        reduction: `"mean"` over the pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses. With a
+            process group, `"mean"` returns the sum of this rank's losses times (number of ranks) / (number of pairs of
+            all ranks). DDP and FSDP average the gradients of the ranks, which then gives the gradient of the mean over
+            all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this rank's pairs
+            only.
+        backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
+            one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. `"auto"` takes Triton
+            for log-probs on a GPU unless they are float64, and torch for everything else. Only torch has second
+            derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
-        or infinite, the loss is NaN, and `diagnostics.summary()["amapo/nonfinite"]` counts the pair. A batch of one
-        pair has no standard deviation, so its margin is 0. Nothing synchronizes with the device.
+        or infinite, the loss is NaN, and `diagnostics.summary()["amapo/nonfinite"]` counts the pair. If the statistics
+        cover a single pair, all margins are 0. There is no host-device synchronization.
 
     Raises:
-        TypeError: if a log-prob is not a floating tensor, a length not an integer or floating tensor, `beta` or
-            `label_smoothing` not a number, or `margin`, `statistics` or `process_group` of another type.
-        ValueError: if tensors are not 1-D, differ in shape or device, or come without their counterpart; if `beta` or
-            `label_smoothing` is out of range; if `reduction` or `backend` is unknown; if `backend="triton"` gets
-            float64 log-probs or log-probs that are not on a GPU.
-        RuntimeError: if `backend="triton"` cannot run here, with the reason; in the backward pass, for a second
-            derivative of a loss from Triton; if another rank of `process_group` does not take part.
+        TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if `beta`
+            or `label_smoothing` is not a number; if `margin`, `statistics` or `process_group` has a wrong type.
+        ValueError: if tensors are not 1-D or differ in shape or device; if only one of the two references or lengths is
+            given; if `beta` or `label_smoothing` is out of range; if `reduction` or `backend` is unknown; if
+            `backend="triton"` gets float64 log-probs or log-probs that are not on a GPU.
+        RuntimeError: if `backend="triton"` cannot run here; the message has the reason. If another rank of
+            `process_group` does not take part. In the backward pass, for a second derivative of a loss from Triton.
 
     Example:
         >>> import torch
@@ -108,12 +112,12 @@ def amapo_loss(
         >>> rejected_logps = torch.tensor([-1.4, -1.1, -1.6], requires_grad=True)
         >>> loss, diagnostics = amapo_loss(chosen_logps, rejected_logps, beta=2.0)
         >>> loss.backward()
-        >>> diagnostics.margins  # only the second pair is below the mean; it is misranked
+        >>> diagnostics.margins  # only the second pair has a score below the mean
         tensor([0.0000, 4.0876, 0.0000])
-        >>> chosen_logps.grad  # the misranked pair has the largest gradient
+        >>> chosen_logps.grad  # it has the largest gradient
         tensor([-0.2067, -0.6576, -0.1319])
 
-    Source: arXiv 2511.09385, section 4. With `AdaptiveMargin(formula="released")`, the authors' published trainer.
+    Source: arXiv 2511.09385, section 4. The formula "released" is from the trainer that its authors published.
     """
     options = LossOptions(
         beta, label_smoothing, margin, reduction, statistics, process_group=process_group, backend=backend
@@ -140,12 +144,10 @@ def dpo_loss(
 ) -> AMaPOOutput:
     r"""Return the DPO loss, which is `amapo_loss` with the margin $h_i = 0$.
 
-    The arguments mean what they mean in `amapo_loss`. The result and the exceptions are also the same.
-
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. DPO uses sums over the response's tokens.
         rejected_logps: [B] log-probs of the rejected responses.
-        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model. They are required here.
+        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model, required as the next one.
         ref_rejected_logps: [B] log-probs of the rejected responses under the reference model.
         chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them.
         rejected_lengths: [B] number of tokens in each rejected response.
@@ -154,15 +156,17 @@ def dpo_loss(
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
 
     Returns:
-        `AMaPOOutput(loss, diagnostics)`.
+        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it. The statistics in the diagnostics are those of the
+        batch, and have no effect on the loss.
 
     Raises:
         TypeError, ValueError: as `amapo_loss` does.
 
     Example:
         >>> import torch
-        >>> logps = torch.tensor([-12.0, -20.0])
-        >>> dpo_loss(logps, logps - 3, logps, logps, beta=0.1).loss
+        >>> chosen_logps, rejected_logps = torch.tensor([-12.0, -20.0]), torch.tensor([-15.0, -23.0])
+        >>> ref_chosen_logps, ref_rejected_logps = torch.tensor([-12.0, -20.0]), torch.tensor([-12.0, -20.0])
+        >>> dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1).loss
         tensor(0.5544)
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
@@ -186,9 +190,7 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> AMaPOOutput:
-    r"""Return the SimPO loss, which is `amapo_loss` without a reference and with the margin $h_i = \gamma$.
-
-    All arguments except `gamma` mean what they mean in `amapo_loss`. The result and the exceptions are also the same.
+    r"""Return the SimPO loss, which is `amapo_loss` without a reference and with the margin `gamma` for every pair.
 
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. SimPO uses averages over the response's tokens.
@@ -196,12 +198,13 @@ def simpo_loss(
         chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them.
         rejected_lengths: [B] number of tokens in each rejected response.
         beta: scale of the ranking score, above 0.
-        gamma: the margin in score units, finite. SimPO's "gamma/beta ratio" is `gamma / beta`.
+        gamma: the margin in score units, finite. For SimPO's option `gamma_beta_ratio`, pass `beta` times that ratio.
         label_smoothing: $\epsilon$ in [0, 0.5).
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
 
     Returns:
-        `AMaPOOutput(loss, diagnostics)`.
+        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it. The statistics in the diagnostics are those of the
+        batch, and have no effect on the loss.
 
     Raises:
         TypeError, ValueError: as `amapo_loss` does.

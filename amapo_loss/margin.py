@@ -11,25 +11,28 @@ from amapo_loss._checks import Formula, Scaling
 
 @dataclass(frozen=True)
 class AdaptiveMargin:
-    r"""How a pair's margin follows from the distance of its score to the batch mean.
+    r"""The adaptive margin of AMaPO: which formula, and which of its parts.
 
-    Let $d_i$ be the log-ratio difference of pair $i$, $r_i = \beta d_i$ its ranking score, and $\mu$ and $\sigma$ the
-    mean and the standard deviation of the scores. The defaults give the paper's margin:
+    Let $d_i$ be the log-ratio difference of pair $i$ and $r_i = \beta d_i$ its ranking score, see `amapo_loss`. Let
+    $\mu$ and $\sigma$ be the mean and the standard deviation of the scores, $\bar d = \mu / \beta$, and
+    $z_i = (\mu - r_i) / \sigma$. The margin of the pair is
 
-    $$z_i = (\mu - r_i) / \sigma, \qquad \gamma_i = \max(z_i\,\mu, 0), \qquad
-      h_i = \begin{cases} 0 & \gamma_i = 0 \\ \beta\,e^{\gamma_i} & \text{else.} \end{cases}$$
+    $$\text{paper:} \quad h_i = \beta\,e^{z_i \mu} \text{ if } z_i \mu > 0, \text{ else } 0 \qquad\qquad
+      \text{released:} \quad h_i = \beta\,e^{z_i \bar d} \text{ if } z_i > 0, \text{ else } 0$$
 
-    While the mean is positive, the pairs below the mean get a margin, and pairs at or above it get none.
+    If the mean is positive, both formulas give a margin above $\beta$ to the pairs below the mean, and none to the
+    others. If the mean is negative, they pick opposite pairs: the paper's formula those above the mean, with a margin
+    above $\beta$, and the released formula those below it, with a margin below $\beta$. At the mean, the margin jumps.
+
+    Scores that are equal up to rounding give no margins, nor do statistics over a single pair.
 
     Args:
-        formula: `"paper"` is the formula above. `"released"` is what the authors' published trainer computes: the
-            exponent is $z_i$ times the mean of $d$, without $\beta$, and the margin is 0 unless $z_i > 0$. The two
-            formulas differ most where the batch mean is negative. There the paper's formula gives a margin to the pairs
-            that rank *better* than the mean, and the released formula to those that rank worse.
-        normalize: `False` replaces $z_i$ by 1 for the pairs below the mean and by 0 for all others.
-        scaling: `"exp"` is the formula above. `"linear"` takes $h_i = \gamma_i$ instead, and with
-            `formula="released"` $h_i = \beta z_i \bar d$.
-        clip: `False` gives every pair its margin, without the maximum with 0: $\gamma_i = z_i\,\mu$ keeps its sign.
+        formula: `"paper"`, or `"released"`, which the trainer that the authors published computes.
+        normalize: `False` replaces $z_i$ by 1 for the pairs below the mean and by 0 for all others, so that the
+            distance to the mean does not matter.
+        scaling: `"linear"` replaces the exponential by its exponent: $h_i = z_i \mu$ (paper) or $\beta z_i \bar d$
+            (released). Such a margin is negative where $z_i \mu$ is.
+        clip: `False` drops the condition: the formula applies to every pair.
 
     Raises:
         ValueError: if `formula` or `scaling` is unknown.
@@ -39,7 +42,8 @@ class AdaptiveMargin:
         >>> AdaptiveMargin(formula="released", scaling="linear")
         AdaptiveMargin(formula='released', normalize=True, scaling='linear', clip=True)
 
-    Source: arXiv 2511.09385, section 4 for the margin, and Table 5 for `normalize`, `scaling` and `clip`.
+    Source: arXiv 2511.09385, section 4 for the paper's formula and Table 5 for the other three options; the authors'
+    published trainer for the released formula.
 
     """
 

@@ -15,24 +15,24 @@ from amapo_loss.statistics import Estimator, ScoreStatistics
 
 
 class AMaPOLoss(nn.Module):
-    r"""`amapo_loss` with its options set once, and the signature and return values of OpenRLHF's `DPOLoss`.
+    r"""`amapo_loss` as a module: options in the constructor, tensors in `forward`, as in OpenRLHF's `DPOLoss`.
 
     Args:
-        beta: as in `amapo_loss`, like all arguments below.
-        label_smoothing: as in `amapo_loss`.
-        margin: as in `amapo_loss`.
-        statistics: as in `amapo_loss`. A `ScoreWindow` becomes a submodule: the state, the device and the training
-            mode of this module include it.
-        process_group: as in `amapo_loss`.
-        reduction: as in `amapo_loss`.
-        backend: as in `amapo_loss`.
+        beta: scale of the ranking score; this and the others are options of `amapo_loss`, which says more about them.
+        label_smoothing: expected share of pairs whose labels are swapped.
+        margin: the margin formula and its options.
+        statistics: what the margins are made from, in place of the statistics of each batch. A `ScoreWindow` becomes a
+            submodule, so that `state_dict`, `to`, `train` and `eval` act on it as well.
+        process_group: the data-parallel group, to take the statistics over the pairs of all its ranks.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `amapo_loss` does. Wrong options raise on construction.
+        TypeError, ValueError, RuntimeError: as `amapo_loss` does; for invalid options, in the constructor.
 
     Example:
         >>> import torch
-        >>> loss_fn = AMaPOLoss(beta=2.0)  # in place of DPOLoss(beta=0.1)
+        >>> loss_fn = AMaPOLoss(beta=2.0)  # averaged log-probs, no reference
         >>> loss, chosen_rewards, rejected_rewards = loss_fn(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.5]))
         >>> loss
         tensor(1.9981)
@@ -77,9 +77,10 @@ class AMaPOLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss and the detached rewards [B] of the chosen and of the rejected responses.
+        """Return the loss, the chosen rewards [B] and the rejected rewards [B], the latter two detached.
 
-        The tensors are those of `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them.
+        The first four tensors are `chosen_logps`, `rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` of
+        `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. The lengths are those of `amapo_loss`.
         """
         loss, self.diagnostics = amapo_loss(
             policy_chosen_logps,

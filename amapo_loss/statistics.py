@@ -17,13 +17,14 @@ from amapo_loss._moments import all_gather_row, merge_moments, moments
 class ScoreStatistics(NamedTuple):
     """Mean and standard deviation of the ranking scores of `count` pairs, in score units (beta is included).
 
-    Pass it as `amapo_loss(..., statistics=)` to decide yourself which pairs define the margins. An example is the whole
-    optimizer batch, while the gradient accumulates over its micro-batches.
+    Pass it as `amapo_loss(..., statistics=)` to decide yourself which pairs the margins are made from. With gradient
+    accumulation, for example, score all micro-batches under `no_grad` first, and pass the statistics of all scores.
 
-    Args:
-        mean: 0-dim floating tensor. It is float64 from the Triton backend, from several ranks and from a window: a
-            float32 mean far larger than the standard deviation would change the margins by its rounding.
-        std: 0-dim floating tensor, the standard deviation with Bessel's correction, or 0 for fewer than two pairs.
+    Attributes:
+        mean: 0-dim floating tensor. It is float64 from the Triton backend, from several ranks and from a window,
+            because rounding a mean far larger than the standard deviation to float32 would change z.
+        std: 0-dim floating tensor, the standard deviation with Bessel's correction. It is 0 for fewer than two pairs,
+            and all margins are then 0.
         count: 0-dim int64 tensor, the number of pairs.
 
     """
@@ -39,17 +40,17 @@ class ScoreStatistics(NamedTuple):
         $$\mu = \frac1n \sum_i r_i, \qquad \sigma^2 = \frac1{n-1} \sum_i (r_i - \mu)^2$$
 
         Args:
-            scores: [B] ranking scores of any floating dtype. They are computed in float32, or in float64 if they are
-                float64. No gradient flows through the statistics.
+            scores: [B] ranking scores of any floating dtype. No gradient flows through the statistics.
             process_group: take the statistics over the scores of all ranks of this group. The ranks may have different
-                numbers of scores, also none. This adds one all-gather of three float64 numbers per rank, and every
+                numbers of scores, including 0. This adds one all-gather of three float64 numbers per rank, and every
                 rank gets bitwise the same statistics.
 
         Returns:
-            `ScoreStatistics` on the device of `scores`. For empty scores, all fields are 0.
+            `ScoreStatistics` on the device of `scores`, in float32, or in float64 for float64 scores and with a group.
+            For empty scores, all fields are 0.
 
         Raises:
-            TypeError: if `scores` is not a floating tensor, or `process_group` not a group that contains this rank.
+            TypeError: if `scores` is not a floating tensor; if `process_group` is not a group that contains this rank.
             ValueError: if `scores` is not 1-D.
             RuntimeError: if another rank does not take part before the timeout of the group.
 
@@ -76,26 +77,35 @@ class ScoreStatistics(NamedTuple):
 
 
 class Estimator(Protocol):
-    """The type of a callable `statistics=`: `ScoreStatistics.of`, a `ScoreWindow`, or a function of your own."""
+    """A callable `(scores, process_group) -> ScoreStatistics`, which `amapo_loss(..., statistics=)` accepts.
+
+    `ScoreStatistics.of` and `ScoreWindow` are such callables, and so is a function of your own.
+    """
 
     def __call__(self, scores: Tensor, process_group: dist.ProcessGroup | None, /) -> ScoreStatistics:
-        """Return 0-dim statistics on the device of the detached scores [B] of this rank; the same on every rank."""
+        """Return the statistics that the margins are made from.
+
+        Args:
+            scores: [B] detached scores of this rank's pairs.
+            process_group: the group that `amapo_loss` was given. Every rank of it must return the same statistics.
+        """
 
 
 class ScoreWindow(nn.Module):
-    r"""The statistics of the last `size` scores, for gradient accumulation with micro-batches too small to have any.
+    r"""An nn.Module that returns the statistics of the newest `size` scores, for small micro-batches.
 
-    For each batch, the window returns the statistics of that batch joined with the latest earlier scores, `size` scores
-    in all. A batch of more than `size` scores is taken whole. In training mode the window then remembers the batch,
-    or the last `size` scores of a larger one, and skips scores that are NaN or infinite. In evaluation mode it returns
-    the same statistics and remembers nothing. Earlier scores come from an earlier policy, so `size` should be about the
-    number of pairs in your optimizer's batch.
+    For each batch, it returns the statistics over the batch and over the newest stored scores, together `size` scores.
+    If the batch alone has more than `size` scores, the statistics are those of the batch. In training mode, the window
+    then stores the scores of the batch, except those that are NaN or infinite. In evaluation mode it stores nothing.
+    Stored scores come from an earlier policy, so choose `size` near the number of pairs per optimizer step, summed over
+    all ranks.
 
-    With a process group, the batch is that of all ranks, in the order of the ranks. Every rank remembers the same
-    scores, so the windows of all ranks stay bitwise equal, and the state of any rank restores all of them.
+    With a process group, the scores of all ranks are gathered and ordered by rank. This adds one all-gather of
+    `size` + 3 numbers per rank. Every rank stores the same scores, so that the windows of all ranks stay bitwise equal
+    and saving the state of one rank is enough.
 
-    Nothing synchronizes with the device. The buffers are float32 and int64. Move them with `to` to the device of the
-    scores. A state that was saved on another device is loaded onto the window's own device.
+    The window must be on the device of the scores, so move it with `to`. A saved state is loaded onto the device that
+    the window is on. There is no host-device synchronization.
 
     Args:
         size: number of scores, at least 1.
@@ -103,7 +113,7 @@ class ScoreWindow(nn.Module):
     Raises:
         TypeError: if `size` is not an int.
         ValueError: if `size` is below 1.
-        RuntimeError: from `load_state_dict`, if the state is that of a window of another size.
+        RuntimeError: from `load_state_dict`, if the saved size differs.
 
     Example:
         >>> import torch
@@ -128,7 +138,7 @@ class ScoreWindow(nn.Module):
 
     @torch.no_grad()
     def forward(self, scores: Tensor, process_group: dist.ProcessGroup | None = None) -> ScoreStatistics:
-        """Return the statistics of these scores [B] and of those before them; remember them in training mode."""
+        """Return the statistics over `scores` [B] and the newest stored scores; in training mode, store `scores`."""
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
         if scores.device != self.scores.device:
             raise ValueError(f"scores is on {scores.device}, expected the device of the window, {self.scores.device}")
