@@ -1,1 +1,1 @@
-"""Scripts that print a table, write JSON with versions and hardware, and draw a picture. Not part of the package."""
+"""Scripts that measure the package. Each prints a table, writes JSON or draws a picture; none is installed."""

@@ -1,9 +1,10 @@
-"""The main job: imitate, then learn a preference from that one checkpoint with DPO, SimPO and AMaPO, and compare.
+"""Train a small language model with DPO, SimPO and AMaPO from the same checkpoint, and compare the results.
 
     python -m benchmarks.demo                                            generated pairs of known difficulty
-    python -m benchmarks.demo --data train.jsonl --eval test.jsonl.gz    your own, in TRL's preference format
+    python -m benchmarks.demo --data train.jsonl --eval test.jsonl.gz    your own pairs, in TRL's preference format
 
-Prints a table, writes it as JSON, and draws how each loss spends its gradient over the ranking score.
+The checkpoint is trained by supervised fine-tuning on demonstrations. The script prints two tables and writes them as
+JSON. It also draws the gradient weight of each training pair over the log-prob difference of its two answers.
 """
 
 import argparse
@@ -23,60 +24,68 @@ from benchmarks.studies.data import SLIP_RATES, Pair, both_answers, file_corpus,
 from benchmarks.studies.harness import Logps, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
 from benchmarks.studies.models import ByteLM, tensors
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
-# Each with its authors' usual settings.
+# Each loss has its authors' usual settings.
 TREATMENTS = {
     "DPO": Treatment("dpo", beta=0.1),
     "SimPO": Treatment("simpo", gamma=1.0),
-    "AMaPO paper": Treatment(),
-    "AMaPO released": Treatment(margin=AdaptiveMargin(formula="released")),
+    "AMaPO, paper formula": Treatment(),
+    "AMaPO, released formula": Treatment(margin=AdaptiveMargin(formula="released")),
 }
 
 
-def evaluate(treatment: Treatment, policy: Logps, ref: Logps, pairs: list[Pair]) -> Figures:
-    """Share of the pairs that the model ranks right, in all and by difficulty; mean and spread of the loss's scores."""
-    ranked_right = (policy.ranking() > 0).float()
-    figures = {"ranked right": ranked_right.mean().item()}
+def evaluate(treatment: Treatment, policy: Logps, ref: Logps, pairs: list[Pair]) -> Metrics:
+    """Return the share of pairs that the model ranks correctly, and the mean and standard deviation of the scores.
+
+    The share of generated pairs is also given for each difficulty. The scores are those of the treatment's loss.
+    """
+    is_correct = (policy.ranking() > 0).float()
+    metrics = {"ranking accuracy": is_correct.mean().item()}
     for difficulty in sorted({pair.source for pair in pairs} & set(SLIP_RATES)):
-        of_this = torch.tensor([pair.source == difficulty for pair in pairs])
-        figures[difficulty] = ranked_right[of_this].mean().item()
+        has_difficulty = torch.tensor([pair.source == difficulty for pair in pairs])
+        metrics[f"accuracy on {difficulty} pairs"] = is_correct[has_difficulty].mean().item()
     summary = treatment.objective(len(pairs))(policy, ref).diagnostics.summary()
-    return figures | {"score mean": summary["amapo/score_mean"].item(), "score std": summary["amapo/score_std"].item()}
+    return metrics | {"score mean": summary["amapo/score_mean"].item(), "score std": summary["amapo/score_std"].item()}
 
 
-def spent(trace: Trace) -> Figures:
-    """Mean gradient weight in training on the pairs that the model ranked wrong at that moment, and right."""
-    wrong = trace.ranking <= 0
-    return {"weight wrong": trace.weights[wrong].mean().item(), "weight right": trace.weights[~wrong].mean().item()}
+def mean_weights(trace: Trace) -> Metrics:
+    """Return the mean gradient weight of misranked pairs and that of correctly ranked pairs, over all of training.
+
+    Whether a pair is misranked is decided by the model at the step that trains on the pair.
+    """
+    misranked = trace.ranking <= 0
+    return {
+        "gradient weight, misranked pairs": trace.weights[misranked].mean().item(),
+        "gradient weight, correctly ranked pairs": trace.weights[~misranked].mean().item(),
+    }
 
 
-def print_table(console: Console, rows: dict[str, Figures]) -> None:
-    """One row a model; shares in percent."""
-    columns = max(rows.values(), key=len)
-    table = Table(title="Held-out pairs, and the gradient weights in training", box=SIMPLE, collapse_padding=True)
-    table.add_column(no_wrap=True)
-    for column in columns:
-        table.add_column(column.replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
-    for name, figures in rows.items():
-        shares = [f"{figures[column]:.1%}" for column in columns if " " not in column or column == "ranked right"]
-        others = [f"{figures[column]:.2f}" if column in figures else "" for column in columns][len(shares) :]
-        table.add_row(name, *shares, *others)
+def print_table(console: Console, title: str, rows: dict[str, Metrics]) -> None:
+    """Print one row of metrics for each model, with accuracies in percent."""
+    table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
+    table.add_column("model", vertical="bottom", no_wrap=True)
+    for metric in next(iter(rows.values())):
+        table.add_column(metric.replace(" ", "\n"), justify="right", vertical="bottom", no_wrap=True)
+    for model, metrics in rows.items():
+        cells = (f"{value:.1%}" if "accuracy" in metric else f"{value:.2f}" for metric, value in metrics.items())
+        table.add_row(model, *cells)
     console.print(table)
 
 
 def draw(path: Path, traces: dict[str, Trace]) -> None:
-    """Gradient weight against ranking, at the start and at the end of training, one panel a loss."""
+    """Draw gradient weight over ranking at the start and the end of training, with one panel for each loss."""
     figure, panels = plt.subplots(1, len(traces), figsize=(3.2 * len(traces), 3.2), sharex=True, sharey=True)
     for panel, (name, trace) in zip(panels, traces.items()):
         tenth = -(-len(trace.ranking) // 10)
-        for part, label in ((slice(tenth), "first tenth of training"), (slice(-tenth, None), "last tenth")):
-            panel.scatter(trace.ranking[part], trace.weights[part], s=2, label=label)
+        phases = {"first tenth of training": slice(tenth), "last tenth of training": slice(-tenth, None)}
+        for phase, steps in phases.items():
+            panel.scatter(trace.ranking[steps], trace.weights[steps], s=2, label=phase)
         panel.axvline(0, color="grey", linewidth=0.8)
-        panel.set(title=name, xlabel="ranking: nats a byte, chosen - rejected", ylim=(-0.03, 1.03))
+        panel.set(title=name, xlabel="chosen - rejected log-prob [nats per byte]", ylim=(-0.03, 1.03))
     panels[0].set_ylabel("gradient weight of the pair")
     panels[0].legend(markerscale=4, loc="lower left")
     figure.tight_layout()
@@ -84,38 +93,45 @@ def draw(path: Path, traces: dict[str, Trace]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The defaults run in three minutes on two cores."""
+    """Parse the command line. With the defaults, the demo takes about a minute on two cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, help="training pairs: JSON lines with prompt, chosen, rejected; gzip or not"
+        "--data", type=Path, help="training pairs: JSON lines with prompt, chosen and rejected, gzipped or not"
     )
-    parser.add_argument("--eval", type=Path, help="held-out pairs in the same format")
-    parser.add_argument("--imitation-steps", type=int, default=600)
+    parser.add_argument("--eval", type=Path, help="held-out pairs, in the format of --data")
+    parser.add_argument("--imitation-steps", type=int, default=600, help="steps of supervised fine-tuning")
     parser.add_argument(
         "--steps",
         type=int,
         default=24,
-        help="of preference training, for each loss; the default stops before all reach 100%%",
+        help="steps of preference training; the default stops before every loss reaches an accuracy of 100%%",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="texts, then pairs, a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of preference training")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--max-prompt", type=int, default=96, help="bytes kept of a prompt, its last")
-    parser.add_argument("--max-answer", type=int, default=256, help="bytes kept of an answer, its first")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, help="JSON file; the picture goes beside it (default: in benchmarks/results)"
+        "--batch-size",
+        type=int,
+        default=64,
+        help="texts in a step of fine-tuning, pairs in a step of preference training",
+    )
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="learning rate of preference training")
+    parser.add_argument("--width", type=int, default=64, help="hidden size of the model")
+    parser.add_argument("--layers", type=int, default=2, help="number of layers of the model")
+    parser.add_argument("--max-prompt", type=int, default=96, help="bytes kept from the end of a prompt")
+    parser.add_argument("--max-answer", type=int, default=256, help="bytes kept from the start of an answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated pairs and of the model's weights")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file to write; the picture is written beside it (default: a file in benchmarks/results)",
     )
     args = parser.parse_args()
     if (args.data is None) != (args.eval is None):
-        parser.error("--data and --eval go together")
+        parser.error("--data and --eval must be given together")
     args.out = args.out or RESULTS / f"demo{'_own' if args.data else ''}.json"
     return args
 
 
 def main() -> None:
-    """Load, encode, imitate, train once a loss, report."""
+    """Run the demo; exit with a message if a file cannot be read or written."""
     args = parse_args()
     try:
         run(args)
@@ -124,46 +140,53 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The whole of it."""
+    """Train the checkpoint, train one model from it with each loss, and write the results."""
     console, started = Console(), time.perf_counter()
     if args.data:
         corpus = file_corpus(args.data, args.eval)
     else:
         corpus = generated_corpus(pairs=4096, held_out=1024, demonstrations=8192, seed=args.seed)
 
-    texts, cut = {}, {}
-    for name, these in {
+    texts, num_truncated = {}, {}
+    for name, prompts_and_answers in {
         "demonstrations": corpus.demonstrations,
         "training answers": both_answers(corpus.train),
         "held-out answers": both_answers(corpus.held_out),
     }.items():
-        texts[name], cut[name] = tensors(these, args.max_prompt, args.max_answer)
-        if cut[name]:
-            limits = f"--max-prompt {args.max_prompt} or --max-answer {args.max_answer} bytes"
-            console.print(f"{cut[name]} of {len(these)} {name} are longer than {limits} and are cut")
+        texts[name], num_truncated[name] = tensors(prompts_and_answers, args.max_prompt, args.max_answer)
+        if num_truncated[name]:
+            console.print(
+                f"{num_truncated[name]} of {len(prompts_and_answers)} {name} are truncated to "
+                f"--max-prompt {args.max_prompt} and --max-answer {args.max_answer} bytes"
+            )
 
     torch.manual_seed(args.seed)
     checkpoint = ByteLM(args.width, args.layers, 1 + args.max_prompt + args.max_answer)
     imitate(checkpoint, texts["demonstrations"], args.imitation_steps, args.batch_size, description="imitating")
-    ref = all_logps(checkpoint, texts["training answers"], "reference")
+    ref = all_logps(checkpoint, texts["training answers"], "computing reference log-probs")
     held_out_ref = as_pairs(*all_logps(checkpoint, texts["held-out answers"], "evaluating"))
 
-    rows = {"imitation alone": evaluate(TREATMENTS["SimPO"], held_out_ref, held_out_ref, corpus.held_out)}
-    traces = {}
+    held_out_metrics = {"imitation alone": evaluate(TREATMENTS["SimPO"], held_out_ref, held_out_ref, corpus.held_out)}
+    weights, traces = {}, {}
     optimization = Optimization(args.steps, args.batch_size, args.learning_rate)
     for name, treatment in TREATMENTS.items():
         model = copy.deepcopy(checkpoint)
         description = f"training with {name}"
         traces[name] = prefer(model, treatment, texts["training answers"], ref, optimization, description=description)
         policy = as_pairs(*all_logps(model, texts["held-out answers"], "evaluating"))
-        rows[name] = evaluate(treatment, policy, held_out_ref, corpus.held_out) | spent(traces[name])
+        held_out_metrics[name] = evaluate(treatment, policy, held_out_ref, corpus.held_out)
+        weights[name] = mean_weights(traces[name])
 
-    print_table(console, rows)
+    print_table(console, "Ranking accuracy and scores on held-out pairs", held_out_metrics)
+    print_table(console, "Mean gradient weight in training", weights)
     seconds = round(time.perf_counter() - started)
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
-    write_json(
-        args.out, "benchmarks.demo", {"settings": settings, "texts cut": cut, "seconds": seconds, "models": rows}
-    )
+    results = {
+        "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | float)},
+        "truncated texts": num_truncated,
+        "seconds": seconds,
+        "models": {name: metrics | weights.get(name, {}) for name, metrics in held_out_metrics.items()},
+    }
+    write_json(args.out, "benchmarks.demo", results)
     draw(args.out.with_suffix(".png"), traces)
     console.print(f"{seconds} s; wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)
 

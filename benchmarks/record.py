@@ -1,4 +1,7 @@
-"""How every benchmark writes: figures beside command, versions and hardware, and files whole or not at all."""
+"""Write the results of benchmarks to files, together with the command, versions and hardware behind them.
+
+Depends on torch and matplotlib.
+"""
 
 import io
 import json
@@ -17,29 +20,31 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_json(path: Path, module: str, figures: dict[str, Any]) -> None:
-    """Write the figures with what they were measured with."""
-    write_record(path, {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), **environment(), **figures})
+def write_json(path: Path, module: str, results: dict[str, Any]) -> None:
+    """Write results as JSON, after the command that runs `module`, the versions and the hardware."""
+    write_record(path, {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), **environment(), **results})
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write it as it is, as one that was read and has changed."""
+    """Write a record as JSON and add nothing to it. Each list of numbers takes one line."""
     text = json.dumps(record, indent=1)
-    text = re.sub(
-        r"\[\n[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text
-    )  # a list of numbers on one line
+    text = re.sub(r"\[\n[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
     write_whole(path, (text + "\n").encode())
 
 
 def write_picture(path: Path, figure: Figure) -> None:
-    """Write it as PNG."""
+    """Write a figure as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     write_whole(path, picture.getvalue())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write all of it, or raise OSError and leave what was there before."""
+    """Write a file atomically.
+
+    Raises:
+        OSError: if the file cannot be written. A file that already exists at `path` is then unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -51,11 +56,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware."""
+    """Return the versions of Python and its packages, and the hardware."""
     return {
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with the kind of build, which its metadata lacks
+            "torch": torch.__version__,  # the package metadata lacks the build suffix, such as +cpu
             "triton": version_of("triton"),
         },
         "hardware": {
@@ -68,7 +73,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """As installed, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Pictures of the formulas and of runs."""
+"""Pictures of the margin formulas and of training runs."""

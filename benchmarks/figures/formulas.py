@@ -1,8 +1,8 @@
-"""The margin of both formulas over the ranking score, for a positive and a negative batch mean.
+"""Draw the margins of both formulas over the ranking score, for a positive and a negative batch mean.
 
     python -m benchmarks.figures.formulas
 
-Draws the picture that decides which formula to train with; every value comes from `amapo_loss`.
+The picture helps to choose between the formulas. All values come from `amapo_loss`.
 """
 
 import argparse
@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, ScoreStatistics, amapo_loss
-from amapo_loss.margin import Formula
+from amapo_loss._checks import Formula
 from benchmarks.record import RESULTS, write_picture
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
 BETA = 2.0
 
 
-def margins(scores: Tensor, mean: float, formula: Formula) -> Tensor:
-    """Of pairs with these scores in a batch with this mean and a standard deviation of 1."""
+def compute_margins(
+    scores: Tensor,  # [B]
+    mean: float,
+    formula: Formula,
+) -> Tensor:
+    """Return the margins [B] in a batch whose scores have the given mean and a standard deviation of 1."""
     statistics = ScoreStatistics(torch.tensor(mean), torch.tensor(1.0), torch.tensor(len(scores)))
     margin = AdaptiveMargin(formula=formula)
     chosen_logps, rejected_logps = scores / BETA, torch.zeros_like(scores)
@@ -32,20 +36,20 @@ def margins(scores: Tensor, mean: float, formula: Formula) -> Tensor:
 
 
 def main() -> None:
-    """Draw it."""
+    """Draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "formulas.png")
+    parser.add_argument("--out", type=Path, default=RESULTS / "formulas.png", help="PNG file to write")
     args = parser.parse_args()
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for panel, mean in zip(panels, (1.0, -1.0)):
         scores = torch.linspace(mean - 2, mean + 2, 401)
         for formula, style in zip(get_args(Formula), ("-", "--")):
-            panel.plot(scores, margins(scores, mean, formula), style, label=f'formula="{formula}"')
+            panel.plot(scores, compute_margins(scores, mean, formula), style, label=f'formula="{formula}"')
         panel.axvline(mean, color="grey", linewidth=0.8, linestyle=":")
         panel.annotate("batch mean", (mean, 13), xytext=(4, 0), textcoords="offset points", color="grey")
-        panel.set(title=f"batch mean {mean:+.0f}", xlabel="ranking score of the pair")
-    panels[0].set_ylabel(f"margin (beta = {BETA:g})")
+        panel.set(title=f"AMaPO margin, batch mean {mean:+.0f}", xlabel="ranking score of the pair")
+    panels[0].set_ylabel(f"margin of the pair (beta = {BETA:g})")
     panels[0].legend(loc="center right")
     figure.tight_layout()
     write_picture(args.out, figure)

@@ -1,17 +1,17 @@
-"""What the diagnostics look like in a run that goes well, and in three that do not.
+"""Show how the diagnostics look in a healthy training run and in three runs with a mistake.
 
     python -m benchmarks.figures.runs
 
-The demo's model and pairs, AMaPO's paper formula, one mistake a run: sums of log-probs under a beta that is meant for
-averages; chosen and rejected answers swapped; a learning rate a hundred times too large. Prints a table of the last
-steps, writes JSON, draws the picture of all steps.
+All runs train the demo's model on the demo's pairs with the paper's formula. One run passes summed log-probs, although
+beta is meant for averages. One swaps the chosen and the rejected answers. One has a learning rate that is 100 times too
+large. The script prints a table of the last step, writes JSON, and draws a picture of all steps.
 """
 
 import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -26,99 +26,108 @@ from benchmarks.studies.data import both_answers, generated_corpus
 from benchmarks.studies.harness import Logps, averaged, imitate, pair_logps, shuffled_batches
 from benchmarks.studies.models import ByteLM, Texts, tensors
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-SHOWN = (  # entries of the summary, and how each is drawn
-    ("amapo/score_mean", "symlog"),
-    ("amapo/margin_mean", "log"),
-    ("rewards/accuracies", "linear"),
-    ("logps/chosen", "symlog"),
-)
-MAX_PROMPT, MAX_ANSWER = 96, 256
+# The metrics of `Diagnostics.summary()` to show, and the scale of the y-axis of each.
+METRICS = {
+    "amapo/score_mean": "symlog",
+    "amapo/margin_mean": "log",
+    "rewards/accuracies": "linear",
+    "logps/chosen": "symlog",
+}
+MAX_PROMPT, MAX_ANSWER = 96, 256  # bytes
 
 
 class Run(NamedTuple):
-    """A way to train."""
+    """A loss and a learning rate to train with."""
 
     objective: Callable[[Logps], AMaPOOutput]
     learning_rate: float = 3e-4
 
 
-def swapped(policy: Logps) -> AMaPOOutput:
-    """With the labels the wrong way round."""
-    return averaged(amapo_loss)(
-        Logps(policy.rejected, policy.chosen, policy.rejected_lengths, policy.chosen_lengths), policy
-    )
+def loss_of_swapped_answers(policy: Logps) -> AMaPOOutput:
+    """Return the loss of a batch in which the chosen and the rejected answer of every pair are swapped."""
+    swapped = Logps(policy.rejected, policy.chosen, policy.rejected_lengths, policy.chosen_lengths)
+    return averaged(amapo_loss)(swapped, policy)
 
 
 RUNS = {
     "healthy": Run(lambda policy: averaged(amapo_loss)(policy, policy)),
-    "sums, not averages": Run(lambda policy: amapo_loss(policy.chosen, policy.rejected)),
-    "answers swapped": Run(swapped),
+    "summed log-probs": Run(lambda policy: amapo_loss(policy.chosen, policy.rejected)),
+    "swapped answers": Run(loss_of_swapped_answers),
     "learning rate x 100": Run(lambda policy: averaged(amapo_loss)(policy, policy), learning_rate=3e-2),
 }
 
 
-def summaries(model: ByteLM, run: Run, texts: Texts, steps: int, batch_size: int, description: str) -> Any:
-    """[steps, entries] of preference training, in place."""
+def train(model: ByteLM, run: Run, texts: Texts, steps: int, batch_size: int, description: str) -> list[list[float]]:
+    """Train the model in place; return the values of `METRICS` at each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate)
-    found = []
-    for rows in track(list(shuffled_batches(len(texts.tokens) // 2, batch_size, steps)), description):
-        loss, diagnostics = run.objective(pair_logps(model, texts, rows))
+    history = []
+    for pairs in track(list(shuffled_batches(len(texts.tokens) // 2, batch_size, steps)), description):
+        loss, diagnostics = run.objective(pair_logps(model, texts, pairs))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         summary = diagnostics.summary()
-        found.append([summary[name].item() for name, _ in SHOWN])
-    return found
+        history.append([summary[metric].item() for metric in METRICS])
+    return history
 
 
-def draw(path: Path, found: dict[str, list[list[float]]]) -> None:
-    """A panel for each entry, a line for each run."""
-    figure, panels = plt.subplots(1, len(SHOWN), figsize=(3.4 * len(SHOWN), 3.2))
-    for column, (panel, (name, scale)) in enumerate(zip(panels, SHOWN)):
-        for run, steps in found.items():
-            panel.plot([entries[column] for entries in steps], label=run, linewidth=2.5 if run == "healthy" else 1.2)
-        panel.set(title=name, xlabel="step", yscale=scale)
+def draw(path: Path, histories: dict[str, list[list[float]]]) -> None:
+    """Draw the metrics over the steps, with a panel for each metric and a line for each run."""
+    figure, panels = plt.subplots(1, len(METRICS), figsize=(3.4 * len(METRICS), 3.2))
+    for column, (panel, (metric, scale)) in enumerate(zip(panels, METRICS.items())):
+        for run, history in histories.items():
+            panel.plot([values[column] for values in history], label=run, linewidth=2.5 if run == "healthy" else 1.2)
+        panel.set(title=metric, xlabel="training step", yscale=scale)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(found), frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncol=len(histories), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     write_picture(path, figure)
 
 
 def main() -> None:
-    """Imitate once, then train each way from there."""
+    """Train one checkpoint by imitation, then each run from there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--imitation-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=4096)
-    parser.add_argument("--out", type=Path, default=RESULTS / "runs.json", help="the picture goes beside it")
+    parser.add_argument("--imitation-steps", type=int, default=600, help="steps of supervised fine-tuning")
+    parser.add_argument("--steps", type=int, default=40, help="steps of preference training in each run")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="texts in a step of fine-tuning, pairs in a step of preference training",
+    )
+    parser.add_argument("--pairs", type=int, default=4096, help="generated pairs to train on")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "runs.json",
+        help="JSON file to write; the picture is written beside it",
+    )
     args = parser.parse_args()
 
     corpus = generated_corpus(pairs=args.pairs, held_out=8, demonstrations=2 * args.pairs, seed=0)
-    demonstrations, answers = (
-        tensors(texts, MAX_PROMPT, MAX_ANSWER)[0] for texts in (corpus.demonstrations, both_answers(corpus.train))
-    )
+    demonstrations, _ = tensors(corpus.demonstrations, MAX_PROMPT, MAX_ANSWER)
+    answers, _ = tensors(both_answers(corpus.train), MAX_PROMPT, MAX_ANSWER)
     torch.manual_seed(0)
     checkpoint = ByteLM(64, 2, 1 + MAX_PROMPT + MAX_ANSWER)
     imitate(checkpoint, demonstrations, args.imitation_steps, args.batch_size, description="imitating")
-    found = {
-        name: summaries(copy.deepcopy(checkpoint), run, answers, args.steps, args.batch_size, name)
+    histories = {
+        name: train(copy.deepcopy(checkpoint), run, answers, args.steps, args.batch_size, name)
         for name, run in RUNS.items()
     }
 
-    table = Table(title="The last step", box=SIMPLE)
-    table.add_column("", no_wrap=True)
-    for name, _ in SHOWN:
-        table.add_column(name, justify="right")
-    for run, steps in found.items():
-        table.add_row(run, *(f"{value:,.2f}" for value in steps[-1]))
+    table = Table(title="Diagnostics at the last training step", box=SIMPLE)
+    table.add_column("run", vertical="bottom", no_wrap=True)
+    for metric in METRICS:
+        table.add_column(metric.replace("/", "/\n"), justify="right", no_wrap=True)
+    for name, history in histories.items():
+        table.add_row(name, *(f"{value:,.2f}" for value in history[-1]))
     console = Console()
     console.print(table)
-    write_json(args.out, "benchmarks.figures.runs", {"entries": [name for name, _ in SHOWN], "runs": found})
-    draw(args.out.with_suffix(".png"), found)
+    write_json(args.out, "benchmarks.figures.runs", {"metrics": list(METRICS), "runs": histories})
+    draw(args.out.with_suffix(".png"), histories)
     console.print(f"wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)
 
 

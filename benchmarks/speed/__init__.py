@@ -1,1 +1,1 @@
-"""What the loss, the head and a trainer's step cost in time and memory."""
+"""Benchmarks of time and memory: of the loss, the language-model head and a trainer's step."""

@@ -1,4 +1,7 @@
-"""The least that a fused loss can take: an autograd function that launches one Triton kernel which does nothing."""
+"""A lower bound for the time of a fused loss: an autograd function that launches one empty Triton kernel.
+
+Depends on torch and triton.
+"""
 
 from typing import Any
 
@@ -9,26 +12,30 @@ from torch import Tensor
 
 @triton.jit
 def _empty(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale):
-    """As many arguments as the kernel of `amapo_loss` takes, and nothing done with them."""
+    """Do nothing. The arguments are those of the kernel of `amapo_loss`, so that a launch costs the same."""
 
 
 class _EmptyKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chosen: Tensor, rejected: Tensor) -> Tensor:
-        loss, gradient = chosen.new_empty(()), chosen.new_empty((2, len(chosen)))
-        ctx.save_for_backward(gradient)
-        sides = [(x, x.stride(0), None, 0, None, 0) for x in (chosen, rejected)]
-        out = (loss, gradient, gradient, loss, loss, loss)
-        _empty[(1,)](*sides, (None, None, None, 1), None, out, len(chosen), 2.0, 0.0, 1.0, num_warps=1)
+    def forward(
+        ctx: Any,
+        chosen_logps: Tensor,  # [n]
+        rejected_logps: Tensor,  # [n]
+    ) -> Tensor:
+        loss, gradients = chosen_logps.new_empty(()), chosen_logps.new_empty((2, len(chosen_logps)))
+        ctx.save_for_backward(gradients)
+        sides = [(logps, logps.stride(0), None, 0, None, 0) for logps in (chosen_logps, rejected_logps)]
+        out = (loss, gradients, gradients, loss, loss, loss)
+        _empty[(1,)](*sides, (None, None, None, 1), None, out, len(chosen_logps), 2.0, 0.0, 1.0, num_warps=1)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient.unbind()
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (gradients,) = ctx.saved_tensors
+        return gradients.unbind()
 
 
-def empty_kernel(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """A loss of whatever was in memory; for its time only."""
-    loss: Tensor = _EmptyKernel.apply(chosen, rejected)
+def empty_kernel(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+    """Return an uninitialized loss with uninitialized gradients; only its running time means anything."""
+    loss: Tensor = _EmptyKernel.apply(chosen_logps, rejected_logps)
     return loss

@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, unattended and in under nine minutes: the `gpu` tests, then the benchmarks, peers
-# where they are installed. JSON, pictures and one log go into a folder. Installs into the Python that is there, or
-# PYTHON=, as its PyTorch is the one to measure; without dependencies, so that no package index is needed. WHEELS= names a
-# folder of wheels to install first.
+# Run the tests marked `gpu` and the speed benchmarks on a machine with a GPU. The run takes less than nine minutes.
 #
 #     benchmarks/speed/gpu.sh [folder]
+#
+# JSON files, pictures and one log are written to the folder (default: build/gpu). The head benchmark includes the
+# libraries it compares with if they are installed.
+#
+# PYTHON=  The Python to use (default: python3). The package is installed into it, because the PyTorch of that Python is
+#          the one to measure. Dependencies are not installed, so the script needs no package index.
+# WHEELS=  A folder of wheels to install first.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$out"
+export COLUMNS=120 # the benchmarks would otherwise truncate their tables to 80 columns, because stdout is a pipe
 exec > >(tee "$out/log.txt") 2>&1
 failed=""
 
-step() { # name, seconds at most, command
+step() { # arguments: name, time limit in seconds, command
   echo "== $1: ${*:3}"
-  local begun=$SECONDS
+  local start=$SECONDS
   timeout "$2" "${@:3}" || failed+=" $1"
-  echo "== $1: $((SECONDS - begun)) s"
+  echo "== $1: $((SECONDS - start)) s"
 }
 
 if [ -n "${WHEELS:-}" ]; then

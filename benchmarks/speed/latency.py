@@ -1,12 +1,13 @@
-"""How long the loss takes, forward and backward: on a GPU where there is one, else on one CPU thread.
+"""Measure how long the loss takes, forward and backward, on a GPU if there is one, else on one CPU thread.
 
     python -m benchmarks.speed.latency
 
-Against the released trainer's arithmetic, which has no guards and no diagnostics; eager and compiled; the fused kernel;
-and the floor below it, a kernel that does nothing. Without a GPU, the kernel and what only a GPU can tell stay empty.
+The baseline is the loss of the authors' released trainer, which has no numerical guards and no diagnostics. The other
+variants are `amapo_loss` in eager mode, under torch.compile and, on a GPU, as a fused Triton kernel. On a GPU there is
+also an empty Triton kernel as a lower bound, and columns for device time, launches and host-device synchronizations.
 
-The variants take turns, so that whatever else the machine does meets all of them; a ratio is taken within a round, and
-its median over the rounds is reported. Prints a table, writes JSON, draws a picture.
+The variants take turns, so that a slowdown of the machine affects all of them. Each time is divided by the baseline's
+time of the same round, and the table shows the median ratio over the rounds. The script also writes JSON and a picture.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import torch
@@ -30,118 +31,135 @@ from torch.utils.benchmark import Timer
 from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
 from benchmarks.record import RESULTS, write_json, write_picture
 
-matplotlib.use("Agg")  # no screen needed
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
-Inputs = tuple[Tensor, Tensor]
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Any]]  # a loss, and what else is to be computed
-BASELINE = "released arithmetic"
-READS: dict[str, Callable[[Diagnostics], Any]] = {
-    "loss": lambda _: (),
-    "and per pair": lambda d: (d.scores, d.margins, d.gradient_weights, d.chosen_rewards, d.rejected_rewards),
-    "and summary": lambda d: d.summary(),
+Inputs = tuple[Tensor, Tensor]  # chosen_logps [B], rejected_logps [B]
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Any]]  # from the inputs to the loss and the diagnostics that are read
+BASELINE = "released loss, eager"
+# Diagnostics are computed when they are read, so each way of reading them has a time of its own.
+OUTPUTS: dict[str, Callable[[Diagnostics], Any]] = {
+    "loss only": lambda _: (),
+    "loss and per-pair diagnostics": lambda diagnostics: (
+        diagnostics.scores,
+        diagnostics.margins,
+        diagnostics.gradient_weights,
+        diagnostics.chosen_rewards,
+        diagnostics.rejected_rewards,
+    ),
+    "loss and summary": lambda diagnostics: diagnostics.summary(),
 }
-MANY_PAIRS = 1_000_000  # from here on memory is the limit, and a step is long enough to time a few of
+LOSS_ONLY = next(iter(OUTPUTS))
+# From this size on, memory bandwidth limits the loss. A step then takes so long that a few rounds suffice to time it.
+MANY_PAIRS = 1_000_000
 
 
 class Variant(NamedTuple):
-    """A loss in every form in which it is timed, by the names of `READS`."""
+    """One implementation of the loss, with a step for each entry of `OUTPUTS` that it supports."""
 
     steps: dict[str, Step]
-    capturable: bool = True  # by a CUDA graph of ours; not if it replays its own
+    capturable: bool = True  # False if the step replays a CUDA graph of its own, which another graph cannot capture
 
 
-def released_arithmetic(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 2.0, eps: float = 0.0) -> Tensor:
-    """What the authors' published trainer computes: no guard, no diagnostics, the statistics of this batch."""
-    d = chosen_logps - rejected_logps
-    q = d.detach()
-    mean, std = q.mean(), q.std()
-    z = (mean - q) / std
-    h = beta * torch.where(z > 0, torch.exp(z * mean), 0)
-    r = beta * d
-    losses = -F.logsigmoid(r - h) * (1 - eps) - F.logsigmoid(h - r) * eps
+def released_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 2.0, eps: float = 0.0) -> Tensor:
+    """Return the loss as the authors' released trainer computes it, with the statistics of this batch."""
+    differences = chosen_logps - rejected_logps
+    detached = differences.detach()
+    mean, std = detached.mean(), detached.std()
+    z_scores = (mean - detached) / std
+    margins = beta * torch.where(z_scores > 0, torch.exp(z_scores * mean), 0)
+    scores = beta * differences
+    losses = -F.logsigmoid(scores - margins) * (1 - eps) - F.logsigmoid(margins - scores) * eps
     return losses.mean()
 
 
 def variants(device: str) -> dict[str, Variant]:
-    """What can run there; compiled afresh, for one batch size."""
+    """Return the variants that run on a device.
 
-    def released(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Any]:
-        return released_arithmetic(chosen, rejected), ()
+    Each call compiles the compiled variants anew, so that they specialize on one batch size.
+    """
 
-    def read(loss_fn: Callable[..., AMaPOOutput], what: Callable[[Diagnostics], Any]) -> Step:
-        def step(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Any]:
-            loss, diagnostics = loss_fn(chosen, rejected)
-            return loss, what(diagnostics)
+    def released_step(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Any]:
+        return released_loss(chosen_logps, rejected_logps), ()
+
+    def step_that_reads(loss_fn: Callable[..., AMaPOOutput], read: Callable[[Diagnostics], Any]) -> Step:
+        def step(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Any]:
+            loss, diagnostics = loss_fn(chosen_logps, rejected_logps)
+            return loss, read(diagnostics)
 
         return step
 
     torch.compiler.reset()
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    eager = {name: read(partial(amapo_loss, backend="torch"), what) for name, what in READS.items()}
-    every = {
-        BASELINE: Variant({"loss": released}),
-        "amapo_loss": Variant(eager),
-        "torch.compile: released": Variant({"loss": compiled(released)}),
-        "torch.compile: amapo_loss": Variant({name: compiled(step) for name, step in eager.items()}),
+    eager = {name: step_that_reads(partial(amapo_loss, backend="torch"), read) for name, read in OUTPUTS.items()}
+    available = {
+        BASELINE: Variant({LOSS_ONLY: released_step}),
+        "amapo_loss, eager": Variant(eager),
+        "released loss, torch.compile": Variant({LOSS_ONLY: compiled(released_step)}),
+        "amapo_loss, torch.compile": Variant({name: compiled(step) for name, step in eager.items()}),
     }
     if device == "cuda":
         from benchmarks.speed.floor import empty_kernel
 
-        overhead = {name: compiled(step, mode="reduce-overhead") for name, step in eager.items()}
-        every |= {
-            "reduce-overhead: amapo_loss": Variant(overhead, capturable=False),
-            "fused kernel": Variant({name: read(amapo_loss, what) for name, what in READS.items()}),
-            "floor: empty kernel": Variant({"loss": lambda *inputs: (empty_kernel(*inputs), ())}),
+        reduce_overhead = {name: compiled(step, mode="reduce-overhead") for name, step in eager.items()}
+        available |= {
+            "amapo_loss, reduce-overhead": Variant(reduce_overhead, capturable=False),
+            "amapo_loss, Triton kernel": Variant(
+                {name: step_that_reads(amapo_loss, read) for name, read in OUTPUTS.items()}
+            ),
+            "empty Triton kernel": Variant({LOSS_ONLY: lambda *inputs: (empty_kernel(*inputs), ())}),
         }
-    return every
+    return available
 
 
 def forward_backward(step: Step, inputs: Inputs) -> Any:
-    """One training step's share of the loss; gradients start from None, as after `zero_grad()`."""
-    for x in inputs:
-        x.grad = None
-    loss, others = step(*inputs)
+    """Run forward and backward once; return the diagnostics. Gradients start as None, as after `zero_grad()`."""
+    for tensor in inputs:
+        tensor.grad = None
+    loss, diagnostics = step(*inputs)
     loss.backward()
-    return others
+    return diagnostics
 
 
 class Timings(NamedTuple):
-    """Of one variant at one batch size."""
+    """The measurements of one variant at one batch size. Those that need a GPU are None without one."""
 
-    wall: dict[str, list[float]]  # microseconds a step, for every round
-    device: float | None = None  # microseconds a step, replayed as a CUDA graph
+    wall: dict[str, list[float]]  # microseconds per step in each round, keyed like `OUTPUTS`
+    device: float | None = None  # microseconds per step, replayed as a CUDA graph
     launches: int | None = None
-    waits: int | None = None
+    synchronizations: int | None = None
 
 
 def measure(pairs: int, rounds: int, repeats: int, device: str) -> dict[str, Timings]:
-    """Every variant on a batch of this size."""
+    """Return the timings of every variant on a batch with this number of pairs."""
     generator = torch.Generator().manual_seed(0)
     logps = [(torch.randn(pairs, generator=generator) - mean).to(device) for mean in (1.0, 1.4)]
     inputs = (logps[0].requires_grad_(), logps[1].requires_grad_())
-    every = variants(device)
+    available = variants(device)
     timers = {
-        (name, reading): Timer("run(step, inputs)", globals={"run": forward_backward, "step": step, "inputs": inputs})
-        for name, variant in every.items()
-        for reading, step in variant.steps.items()
+        (name, output): Timer("run(step, inputs)", globals={"run": forward_backward, "step": step, "inputs": inputs})
+        for name, variant in available.items()
+        for output, step in variant.steps.items()
     }
     for timer in timers.values():
-        timer.timeit(repeats)  # compiles, warms up
-    wall: dict[str, dict[str, list[float]]] = {name: {reading: [] for reading in v.steps} for name, v in every.items()}
+        timer.timeit(repeats)  # the first steps compile and warm up, so their times are discarded
+    wall: dict[str, dict[str, list[float]]] = {
+        name: {output: [] for output in variant.steps} for name, variant in available.items()
+    }
     for _ in track(range(rounds), f"{pairs:,} pairs"):
-        for (name, reading), timer in timers.items():
-            wall[name][reading].append(timer.timeit(repeats).median * 1e6)
-    timings = {name: Timings(of_this) for name, of_this in wall.items()}
+        for (name, output), timer in timers.items():
+            wall[name][output].append(timer.timeit(repeats).median * 1e6)
+    timings = {name: Timings(times) for name, times in wall.items()}
     if device == "cuda":
-        for name, (steps, capturable) in every.items():
-            run = partial(forward_backward, steps["loss"], inputs)
-            timings[name] = Timings(wall[name], replayed(run) if capturable else None, launches(run), waits(run))
+        for name, (steps, capturable) in available.items():
+            run = partial(forward_backward, steps[LOSS_ONLY], inputs)
+            device_time = replay_time(run) if capturable else None
+            timings[name] = Timings(wall[name], device_time, count_launches(run), count_synchronizations(run))
     return timings
 
 
-def replayed(run: Callable[[], Any], repeats: int = 50) -> float:
-    """Microseconds of the device alone: what `run` launches, replayed without the host."""
+def replay_time(run: Callable[[], Any], repeats: int = 50) -> float:
+    """Return the device time of `run` in microseconds, replayed as a CUDA graph so that the host adds nothing."""
     with torch.cuda.stream(torch.cuda.Stream()):
         run()
     torch.cuda.synchronize()
@@ -158,8 +176,8 @@ def replayed(run: Callable[[], Any], repeats: int = 50) -> float:
     return float(start.elapsed_time(end)) / repeats * 1e3
 
 
-def launches(run: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that the device saw."""
+def count_launches(run: Callable[[], Any]) -> int:
+    """Return the number of kernels, copies and fills that the device executes."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -167,8 +185,8 @@ def launches(run: Callable[[], Any]) -> int:
     return sum(event.device_type.name == "CUDA" for event in profile.events())
 
 
-def waits(run: Callable[[], Any]) -> int:
-    """How often the host waited for the device."""
+def count_synchronizations(run: Callable[[], Any]) -> int:
+    """Return how often the host waits for the device."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -178,26 +196,33 @@ def waits(run: Callable[[], Any]) -> int:
 
 
 def share_of_copy_bandwidth(pairs: int) -> float:
-    """Of the fused forward pass, counting each input read twice and each gradient written once: 24 bytes a pair."""
-    chosen, rejected = (torch.randn(pairs, device="cuda").requires_grad_() for _ in range(2))
-    source = torch.randn(3 * pairs, device="cuda")  # 12 bytes a pair to read, and 12 to write
+    """Return the memory bandwidth of the fused forward pass, divided by that of a device copy.
+
+    The forward pass moves 24 bytes per pair: it reads each input twice and writes each gradient once.
+    """
+    chosen_logps, rejected_logps = (torch.randn(pairs, device="cuda").requires_grad_() for _ in range(2))
+    source = torch.randn(3 * pairs, device="cuda")  # the copy reads 12 bytes per pair and writes 12
     target = torch.empty_like(source)
-    return replayed(lambda: target.copy_(source)) / replayed(lambda: amapo_loss(chosen, rejected).loss)
+    copy_time = replay_time(lambda: target.copy_(source))
+    return copy_time / replay_time(lambda: amapo_loss(chosen_logps, rejected_logps).loss)
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Time over pairs, a line for every variant; on a GPU that of the host beside that of the device."""
-    quantities = {"median_us": "wall clock", "device_us": "device alone"}
-    quantities = {key: label for key, label in quantities.items() if any(row[key] is not None for row in rows)}
-    figure, panels = plt.subplots(1, len(quantities), figsize=(6 * len(quantities), 4), squeeze=False)
-    for panel, (key, label) in zip(panels[0], quantities.items()):
+    """Draw time over pairs, with a line for every variant and, on a GPU, a second panel for the device time."""
+    titles = {"median_us": "wall-clock time", "device_us": "device time"}
+    titles = {key: title for key, title in titles.items() if any(row[key] is not None for row in rows)}
+    figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4), squeeze=False)
+    for panel, (key, title) in zip(panels[0], titles.items()):
         for name in dict.fromkeys(row["variant"] for row in rows):
-            these = [
-                row for row in rows if row["variant"] == name and row["reading"] == "loss" and row[key] is not None
+            points = [
+                (row["pairs"], row[key])
+                for row in rows
+                if row["variant"] == name and row["outputs"] == LOSS_ONLY and row[key] is not None
             ]
-            if these:
-                panel.plot([row["pairs"] for row in these], [row[key] for row in these], "o-", label=name)
-        panel.set(xscale="log", xlabel="pairs", ylabel="microseconds, forward + backward", title=label, ylim=(0, None))
+            if points:
+                panel.plot(*zip(*points), "o-", label=name)
+        panel.set(xscale="log", xlabel="pairs in the batch", ylabel="forward + backward [µs]", ylim=(0, None))
+        panel.set(title=f"Loss without diagnostics: {title}")
         if max(row["pairs"] for row in rows) >= MANY_PAIRS:
             panel.set(yscale="log", ylim=(None, None))
     panels[0][0].legend()
@@ -206,58 +231,74 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure every size, report."""
+    """Measure every batch size and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = [2, 32, 128, 1024, 4096, 8192, 65536, 2**24] if device == "cuda" else [32, 1024]
-    parser.add_argument("--pairs", type=int, nargs="+", default=sizes, help="batch sizes")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=20, help="steps a round")
+    batch_sizes = [2, 32, 128, 1024, 4096, 8192, 65536, 2**24] if device == "cuda" else [32, 1024]
+    parser.add_argument("--pairs", type=int, nargs="+", default=batch_sizes, help="batch sizes to measure")
+    parser.add_argument("--rounds", type=int, default=200, help="times that every variant is measured")
+    parser.add_argument("--repeats", type=int, default=20, help="steps in each measurement")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / f"latency_{device}.json", help="the picture goes beside it"
+        "--out",
+        type=Path,
+        default=RESULTS / f"latency_{device}.json",
+        help="JSON file to write; the picture is written beside it",
     )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
-    table = Table(title=f"Forward + backward on {where}, median microseconds (over the baseline)", box=SIMPLE)
-    for column in ("pairs", "", *READS, *(("device", "launches", "waits") if device == "cuda" else ())):
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    hardware = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    table = Table(
+        title=f"Forward + backward on {hardware}: median µs (ratio to baseline)\nbaseline: {BASELINE}",
+        box=SIMPLE,
+        collapse_padding=True,
+    )
+    headings = ["pairs", "variant", *(output.replace(" ", "\n") for output in OUTPUTS)]
+    if device == "cuda":
+        headings += ["device\nµs", "device\nlaunches", "host\nsyncs"]
+    for heading in headings:
+        alignment: Literal["left", "right"] = "left" if heading == "variant" else "right"
+        table.add_column(heading, justify=alignment, vertical="bottom", no_wrap=True)
     rows: list[dict[str, Any]] = []
     for pairs in args.pairs:
         rounds = args.rounds if pairs < MANY_PAIRS else min(args.rounds, 5)
         timings = measure(pairs, rounds, args.repeats, device)
-        base = timings[BASELINE].wall["loss"]
+        baseline_times = timings[BASELINE].wall[LOSS_ONLY]
         for name, timing in timings.items():
-            cells = dict.fromkeys(READS, "")
-            for reading, times in timing.wall.items():
-                median, ratio = statistics.median(times), statistics.median(t / b for t, b in zip(times, base))
-                cells[reading] = f"{median:,.0f} ({ratio:.2f})"
+            cells = dict.fromkeys(OUTPUTS, "")
+            for output, times in timing.wall.items():
+                median = statistics.median(times)
+                ratio = statistics.median(time / baseline for time, baseline in zip(times, baseline_times))
+                cells[output] = f"{median:,.0f} ({ratio:.2f})"
                 rows.append(
                     {
                         "pairs": pairs,
                         "variant": name,
-                        "reading": reading,
+                        "outputs": output,
                         "min_us": min(times),
                         "median_us": median,
                         "ratio": ratio,
                         "device_us": timing.device,
                         "launches": timing.launches,
-                        "waits": timing.waits,
+                        "synchronizations": timing.synchronizations,
                     }
                 )
-            alone = [f"{timing.device:.1f}" if timing.device else "", str(timing.launches), str(timing.waits)]
-            table.add_row(f"{pairs:,}", name, *cells.values(), *(alone if device == "cuda" else ()))
+            gpu_cells = [
+                f"{timing.device:.1f}" if timing.device else "",
+                str(timing.launches),
+                str(timing.synchronizations),
+            ]
+            table.add_row(f"{pairs:,}", name, *cells.values(), *(gpu_cells if device == "cuda" else ()))
 
     console = Console()
     console.print(table)
-    figures: dict[str, Any] = {"rounds": args.rounds, "repeats": args.repeats, "rows": rows}
+    results: dict[str, Any] = {"rounds": args.rounds, "repeats": args.repeats, "rows": rows}
     if device == "cuda":
         largest = max(args.pairs)
         share = share_of_copy_bandwidth(largest)
-        figures["share of copy bandwidth"] = {"pairs": largest, "share": share}
-        console.print(f"at {largest:,} pairs the fused forward pass reaches {share:.0%} of the copy bandwidth")
-    write_json(args.out, "benchmarks.speed.latency", figures)
+        results["share of copy bandwidth"] = {"pairs": largest, "share": share}
+        console.print(f"At {largest:,} pairs the fused forward pass reaches {share:.0%} of the bandwidth of a copy.")
+    write_json(args.out, "benchmarks.speed.latency", results)
     draw(args.out.with_suffix(".png"), rows)
     console.print(f"wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)
 

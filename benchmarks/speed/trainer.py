@@ -1,10 +1,11 @@
-"""A training step of AMaPOTrainer against one of TRL's own DPOTrainer, on the same model and the same pairs.
+"""Compare a training step of AMaPOTrainer with one of TRL's DPOTrainer, on the same model and the same pairs.
 
     python -m benchmarks.speed.trainer
 
-DPO with precomputed reference log-probs, so that neither runs a second model. Short runs take turns, so that whatever
-else the machine does meets all of them; a ratio is taken within a turn, and its median over the turns is reported. The
-first steps of a run do not count. Prints a table, writes JSON.
+DPOTrainer uses precomputed reference log-probs, so neither trainer runs a reference model. The trainers take turns with
+short runs, so that a slowdown of the machine affects all of them. The first steps of each run are discarded. Each time
+is divided by DPOTrainer's time of the same round, and the table shows the median ratio over the rounds. The script also
+writes JSON.
 """
 
 import argparse
@@ -33,126 +34,147 @@ from amapo_loss.trl import AMaPOConfig, AMaPOTrainer
 from benchmarks.record import RESULTS, version_of, write_json
 from benchmarks.speed.memory import peak_bytes
 
-WARM_UP = 2  # steps
+WARM_UP_STEPS = 2
+
+# The config class, the trainer class and the config options of every trainer. The first is the baseline.
+TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "DPOTrainer, precomputed reference": (DPOConfig, DPOTrainer, {"precompute_ref_log_probs": True}),
+    "AMaPOTrainer": (AMaPOConfig, AMaPOTrainer, {}),
+    "AMaPOTrainer, window of 128 scores": (AMaPOConfig, AMaPOTrainer, {"statistics_window": 128}),
+}
 
 
 def byte_tokenizer() -> Any:
-    """A token for every byte, and two more."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
-    of_bytes = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    of_bytes.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=of_bytes, pad_token="<pad>", eos_token="<eos>")
+    """Return a tokenizer with one token per byte, a padding token and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def llama(vocabulary: int, width: int, layers: int, seed: int = 0) -> Any:
-    """With random weights."""
+def llama(vocab_size: int, hidden_size: int, num_layers: int, seed: int = 0) -> Any:
+    """Return a Llama model with random weights."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width // 2, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size // 2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
-class Clock(transformers.TrainerCallback):
-    """Seconds of each step of a run."""
+class StepTimer(transformers.TrainerCallback):
+    """Record the seconds of each training step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self.started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop, when the device has done it, too."""
+        """Stop the clock once the device has finished the step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def pairs(n: int) -> Any:
-    """Prompts of 64 bytes, answers of 64 or 60."""
-    texts = [{"prompt": f"{i:064d}", "chosen": f"{7 * i:064d}", "rejected": f"{11 * i:060d}"} for i in range(n)]
-    return Dataset.from_list(texts)
+def generate_pairs(n: int) -> Any:
+    """Return n pairs with prompts of 64 bytes, chosen answers of 64 and rejected answers of 60."""
+    pairs = [{"prompt": f"{i:064d}", "chosen": f"{7 * i:064d}", "rejected": f"{11 * i:060d}"} for i in range(n)]
+    return Dataset.from_list(pairs)
 
 
-# Configuration, trainer, and options of its own.
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "DPOTrainer, precomputed": (DPOConfig, DPOTrainer, {"precompute_ref_log_probs": True}),
-    "AMaPOTrainer": (AMaPOConfig, AMaPOTrainer, {}),
-    "AMaPOTrainer, window": (AMaPOConfig, AMaPOTrainer, {"statistics_window": 128}),
-}
-
-
-def run(kind: str, folder: str, steps: int, batch: int, make_model: Callable[[], Any]) -> Any:
-    """A trainer, not yet run, and its clock."""
-    config, trainer_of, own = KINDS[kind]
+def make_trainer(
+    name: str, folder: str, steps: int, batch_size: int, make_model: Callable[[], Any]
+) -> tuple[Any, StepTimer]:
+    """Return a trainer that is ready to train, and the timer of its steps."""
+    config_class, trainer_class, options = TRAINERS[name]
     on_gpu = torch.cuda.is_available()
-    args = config(
-        folder, per_device_train_batch_size=batch, max_steps=steps, logging_steps=1, report_to="none",
-        use_cpu=not on_gpu, bf16=on_gpu, disable_tqdm=True, save_strategy="no", learning_rate=1e-6, **own,
-    )  # fmt: skip
-    clock = Clock()
-    of_kind = trainer_of(
-        make_model(),
-        args=args,
-        train_dataset=pairs(steps * batch),
-        processing_class=byte_tokenizer(),
-        callbacks=[clock],
+    config = config_class(
+        folder,
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        disable_tqdm=True,
+        save_strategy="no",
+        learning_rate=1e-6,
+        **options,
     )
-    of_kind.remove_callback(transformers.PrinterCallback)
-    return of_kind, clock
+    timer = StepTimer()
+    trainer = trainer_class(
+        make_model(),
+        args=config,
+        train_dataset=generate_pairs(steps * batch_size),
+        processing_class=byte_tokenizer(),
+        callbacks=[timer],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, timer
 
 
 def main() -> None:
-    """Take turns, then one run each for the memory."""
+    """Time the trainers in alternating runs, then measure the memory of each in a run of one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6, help="of a run")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"trainer_{device}.json")
+    parser.add_argument("--rounds", type=int, default=8, help="runs of each trainer")
+    parser.add_argument("--steps", type=int, default=6, help="training steps in each run")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs in each step")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="vocabulary size of the model")
+    parser.add_argument("--width", type=int, default=256, help="hidden size of the model")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers of the model")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"trainer_{device}.json", help="JSON file to write")
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    warnings.simplefilter("ignore")  # of theirs there are many
+    warnings.simplefilter("ignore")  # the warnings of TRL and transformers would hide the table
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
 
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[float]] = {name: [] for name in TRAINERS}
     with tempfile.TemporaryDirectory() as folder:
-        make = partial(
-            run, folder=folder, steps=args.steps, batch=args.batch_size,
+        prepare = partial(
+            make_trainer,
+            folder=folder,
+            steps=args.steps,
+            batch_size=args.batch_size,
             make_model=partial(llama, args.vocabulary, args.width, args.layers),
-        )  # fmt: skip
-        for _ in track(range(args.rounds), "taking turns"):
-            for kind in KINDS:
-                trainer, clock = make(kind)
+        )
+        for _ in track(range(args.rounds), "timing"):
+            for name in TRAINERS:
+                trainer, timer = prepare(name)
                 trainer.train()
-                seconds[kind].append(statistics.median(clock.seconds[WARM_UP:]))
+                seconds[name].append(statistics.median(timer.seconds[WARM_UP_STEPS:]))
         memory = {}
-        for kind in KINDS:
-            trainer, _ = make(kind, steps=1)
-            memory[kind] = peak_bytes(trainer.train, device)
+        for name in TRAINERS:
+            trainer, _ = prepare(name, steps=1)
+            memory[name] = peak_bytes(trainer.train, device)
 
-    base = next(iter(KINDS))
+    baseline_seconds = seconds[next(iter(TRAINERS))]
     rows: list[dict[str, Any]] = [
         {
-            "trainer": kind,
-            "ms": statistics.median(seconds[kind]) * 1e3,
-            "ratio": statistics.median(mine / of_base for mine, of_base in zip(seconds[kind], seconds[base])),
-            "peak_mb": memory[kind] / 2**20,
+            "trainer": name,
+            "ms": statistics.median(seconds[name]) * 1e3,
+            "ratio": statistics.median(own / baseline for own, baseline in zip(seconds[name], baseline_seconds)),
+            "peak_mb": memory[name] / 2**20,
         }
-        for kind in KINDS
+        for name in TRAINERS
     ]
-    table = Table(title="A training step", box=SIMPLE)
-    for column in ("", "ms", "ratio", "MB at the peak"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table = Table(title="One training step (ratio: time relative to the first row)", box=SIMPLE)
+    table.add_column("trainer", no_wrap=True)
+    for heading in ("ms", "ratio", "peak MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["trainer"], f"{row['ms']:,.0f}", f"{row['ratio']:.2f}", f"{row['peak_mb']:,.0f}")
     console = Console()

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/: they run, write what they say, and name the line of a bad file."""
+"""Tests of the scripts in benchmarks/: they run, they write their results, and they report bad input files."""
 
 import gzip
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, amapo_loss
 from benchmarks import demo
@@ -19,29 +18,14 @@ from benchmarks.studies.data import SLIP_RATES, Pair, generated_corpus, read_pai
 from benchmarks.studies.models import END, IGNORED, ByteLM, tensors
 from tests.support.backends import triton_loss
 
-GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-SMALL = [
-    "--imitation-steps",
-    "2",
-    "--steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--width",
-    "8",
-    "--layers",
-    "1",
-    "--max-prompt",
-    "8",
-    "--max-answer",
-    "8",
-]
+VALID_LINE = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+SMALL_DEMO = "--imitation-steps 2 --steps 2 --batch-size 4 --width 8 --layers 1 --max-prompt 8 --max-answer 8"
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-def test_reads_pairs(tmp_path: Path, name: str) -> None:
+def test_pairs_are_read_from_plain_and_gzipped_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    content = (GOOD + '{"chosen": "ü\\n", "rejected": "e", "prompt": "", "source": 1}\n').encode()
+    content = (VALID_LINE + '{"chosen": "ü\\n", "rejected": "e", "prompt": "", "source": 1}\n').encode()
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert list(read_pairs(path)) == [Pair("a", "b", "c"), Pair("", "ü\n", "e")]
 
@@ -59,23 +43,23 @@ def test_reads_pairs(tmp_path: Path, name: str) -> None:
         (b'{"prompt": "a", "chosen": [], "rejected": "c"}\n', "line 2: 'chosen' must be a string, got list"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, second_line: bytes, message: str) -> None:
+def test_a_bad_line_is_reported_with_its_number(tmp_path: Path, second_line: bytes, message: str) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_bytes(GOOD.encode() + second_line)
+    path.write_bytes(VALID_LINE.encode() + second_line)
     with pytest.raises(ValueError, match="pairs.jsonl, " + message.replace("[", r"\[")):
         list(read_pairs(path))
 
 
-def test_an_empty_or_broken_file_is_named(tmp_path: Path) -> None:
+def test_an_empty_or_broken_file_is_reported_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
-    (tmp_path / "plain.jsonl.gz").write_text(GOOD)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(VALID_LINE.encode() * 1000)[:-20])
+    (tmp_path / "plain.jsonl.gz").write_text(VALID_LINE)
     for name, message in (("empty.jsonl", "is empty"), ("cut.jsonl.gz", "ended before"), ("plain.jsonl.gz", "gzipped")):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             list(read_pairs(tmp_path / name))
 
 
-def test_generated_pairs_have_the_difficulty_they_say() -> None:
+def test_generated_pairs_have_the_slip_rates_of_their_difficulty() -> None:
     corpus = generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
     assert len(corpus.train) == 2700
     assert len(corpus.validation) == 300
@@ -83,25 +67,29 @@ def test_generated_pairs_have_the_difficulty_they_say() -> None:
     assert not {pair.prompt for pair in corpus.train} & {pair.prompt for pair in corpus.held_out + corpus.validation}
     assert all(pair.chosen != pair.rejected for pair in corpus.train)
     by_prompt = {pair.prompt: pair for pair in corpus.train}
-    for difficulty, (least, most) in SLIP_RATES.items():
-        of_this = [pair for pair in corpus.train if pair.source == difficulty]
-        assert {round(1 - (pair.confidence or 0), 6) for pair in of_this} >= {least, most}
-        imitated = [(by_prompt[p], answer) for p, answer in corpus.demonstrations if by_prompt[p].source == difficulty]
-        slips = sum(answer == pair.rejected for pair, answer in imitated) / len(imitated)
-        assert abs(slips - (least + most) / 2) < 0.05
+    for difficulty, (lowest, highest) in SLIP_RATES.items():
+        pairs = [pair for pair in corpus.train if pair.source == difficulty]
+        assert {round(1 - (pair.confidence or 0), 6) for pair in pairs} >= {lowest, highest}
+        demonstrated = [
+            (by_prompt[prompt], answer)
+            for prompt, answer in corpus.demonstrations
+            if by_prompt[prompt].source == difficulty
+        ]
+        slip_rate = sum(answer == pair.rejected for pair, answer in demonstrated) / len(demonstrated)
+        assert abs(slip_rate - (lowest + highest) / 2) < 0.05
     assert corpus == generated_corpus(pairs=3000, held_out=500, demonstrations=6000, seed=1)
     with pytest.raises(ValueError, match="at most"):
         generated_corpus(pairs=10**5, held_out=1, demonstrations=1, seed=0)
 
 
-def test_text_becomes_tokens_and_labels() -> None:
-    (tokens, labels), cut = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
+def test_tensors_truncates_and_labels_only_answers() -> None:
+    (tokens, labels), num_truncated = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
     assert tokens.tolist() == [[END, ord("b"), *b"xyz"], [END, ord("c"), *"é".encode(), END]]
     assert labels.tolist() == [[IGNORED, IGNORED, *b"xyz"], [IGNORED, IGNORED, *"é".encode(), END]]
-    assert cut == 1
+    assert num_truncated == 1
 
 
-def test_the_model_looks_back_only() -> None:
+def test_the_model_is_causal() -> None:
     model = ByteLM(width=8, layers=2, max_length=10)
     tokens = torch.randint(257, (1, 10), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
@@ -110,29 +98,29 @@ def test_the_model_looks_back_only() -> None:
 
 
 @pytest.mark.parametrize("own_data", [False, True])
-def test_the_demo_writes_table_json_and_picture(
+def test_the_demo_prints_tables_and_writes_json_and_picture(
     own_data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = tmp_path / "results" / "demo.json", tmp_path / "pairs.jsonl"
-    data.write_text(GOOD * 6 + '{"prompt": "long enough to cut", "chosen": "b", "rejected": "c"}\n')
+    data.write_text(VALID_LINE * 6 + '{"prompt": "long enough to cut", "chosen": "b", "rejected": "c"}\n')
     files = ["--data", str(data), "--eval", str(data)] * own_data
-    monkeypatch.setattr(sys, "argv", ["demo", *SMALL, *files, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["demo", *SMALL_DEMO.split(), *files, "--out", str(out)])
     demo.main()
     printed = capsys.readouterr().out
-    figures = json.loads(out.read_text())
-    assert figures["models"].keys() == {"imitation alone", *demo.TREATMENTS}
+    results = json.loads(out.read_text())
+    assert results["models"].keys() == {"imitation alone", *demo.TREATMENTS}
     for name in demo.TREATMENTS:
         assert name in printed
-        assert 0 <= figures["models"][name]["ranked right"] <= 1
+        assert 0 <= results["models"][name]["ranking accuracy"] <= 1
     assert ("hard" in printed) != own_data
-    assert ("are cut" in printed) == own_data or not own_data
-    assert figures["versions"]["torch"] == torch.__version__
+    assert "are truncated" in printed or not own_data
+    assert results["versions"]["torch"] == torch.__version__
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.parent.glob("*.partial"))
 
 
-def test_the_demo_names_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bad.jsonl").write_text(GOOD + "{}\n")
+def test_the_demo_exits_with_the_name_of_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.jsonl").write_text(VALID_LINE + "{}\n")
     monkeypatch.setattr(sys, "argv", ["demo", "--data", f"{tmp_path}/bad.jsonl", "--eval", f"{tmp_path}/bad.jsonl"])
     with pytest.raises(SystemExit, match=r"bad.jsonl, line 2: the key 'prompt' is missing, found none"):
         demo.main()
@@ -144,104 +132,105 @@ def test_the_demo_names_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         demo.main()
 
 
-def test_the_baseline_computes_the_released_loss() -> None:
-    """What the library is timed against is the same loss."""
+def test_the_latency_baseline_computes_the_same_loss_as_the_library() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [(torch.randn(64, generator=generator) - mean).requires_grad_() for mean in (1.0, 1.4)]
 
-    def ours(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return amapo_loss(chosen, rejected, margin=AdaptiveMargin("released")).loss
-
-    losses = latency.released_arithmetic(inputs[0], inputs[1]), ours(inputs[0], inputs[1])
+    expected = latency.released_loss(inputs[0], inputs[1])
+    losses = expected, amapo_loss(inputs[0], inputs[1], margin=AdaptiveMargin("released")).loss
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses))
 
 
-def test_latency_writes_table_json_and_picture(
+def test_latency_prints_a_table_and_writes_json_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "latency.json"
     arguments = ["--pairs", "3", "5", "--rounds", "2", "--repeats", "2", "--out", str(out)]
-    every = latency.variants
+    all_variants = latency.variants
 
-    def eager_only(device: str) -> dict[str, latency.Variant]:
-        return {name: variant for name, variant in every(device).items() if ":" not in name}
+    def eager_variants(device: str) -> dict[str, latency.Variant]:
+        return {name: variant for name, variant in all_variants(device).items() if name.endswith("eager")}
 
     monkeypatch.setattr(sys, "argv", ["latency", *arguments])
-    monkeypatch.setattr(latency, "variants", eager_only)
+    monkeypatch.setattr(latency, "variants", eager_variants)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     latency.main()
     torch.set_num_threads(threads)
     rows = json.loads(out.read_text())["rows"]
-    expected = [(latency.BASELINE, "loss"), *(("amapo_loss", reading) for reading in latency.READS)]
-    assert [(row["pairs"], row["variant"], row["reading"]) for row in rows] == [
-        (n, *e) for n in (3, 5) for e in expected
+    expected = [(latency.BASELINE, latency.LOSS_ONLY), *(("amapo_loss, eager", output) for output in latency.OUTPUTS)]
+    assert [(row["pairs"], row["variant"], row["outputs"]) for row in rows] == [
+        (pairs, *variant_and_outputs) for pairs in (3, 5) for variant_and_outputs in expected
     ]
     assert all(row["ratio"] == 1 for row in rows if row["variant"] == latency.BASELINE)
-    assert all(row["device_us"] is row["launches"] is row["waits"] is None for row in rows)  # never guessed
+    # A machine without a GPU must write null for these, not an estimate.
+    assert all(row["device_us"] is row["launches"] is row["synchronizations"] is None for row in rows)
     printed = capsys.readouterr().out
-    assert "and summary" in printed
-    assert "released arithmetic" in printed
+    assert "summary" in printed
+    assert latency.BASELINE in printed
     assert out.with_suffix(".png").exists()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what TRL imports
-def test_head_writes_tables_json_and_picture(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from packages that TRL imports
+def test_head_prints_tables_and_writes_json_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And everyone's gradient is that of float64, about; ours, in bfloat16, the nearest."""
-    out = tmp_path / "head.json"
-    small = head.CASES["small"]._replace(width=32, vocabulary=500, sequences=4, length=32)
-    every = head.variants
+    """All gradients must also be close to those of float64.
 
-    def not_compiled(device: str, with_weight: bool) -> dict[str, head.Step]:
-        return {name: step for name, step in every(device, with_weight).items() if "compiled" not in name}
+    In bfloat16, the gradients of this library must be closer to them than those of the baseline.
+    """
+    out = tmp_path / "head.json"
+    small = head.CASES["small"]._replace(hidden_size=32, vocab_size=500, sequences=4, length=32)
+    all_variants = head.variants
+
+    def eager_variants(device: str, trainable: bool) -> dict[str, head.SequenceLogps]:
+        return {name: step for name, step in all_variants(device, trainable).items() if "torch.compile" not in name}
 
     monkeypatch.setattr(sys, "argv", ["head", "--rounds", "2", "--out", str(out)])
     monkeypatch.setattr(head, "CASES", {"small": small})
-    monkeypatch.setattr(head, "PRECISION", small._replace(dtype=torch.bfloat16))
-    monkeypatch.setattr(head, "variants", not_compiled)
+    monkeypatch.setattr(head, "PRECISION_CASE", small._replace(dtype=torch.bfloat16))
+    monkeypatch.setattr(head, "variants", eager_variants)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     head.main()
-    written = json.loads(out.read_text())
-    assert {row["variant"] for row in written["rows"]} >= {head.ALL_TOKENS, head.BASELINE, "ours", "ours, keep_bytes"}
-    assert all(error < 1e-4 for row in written["rows"] for error in row["errors"])
-    assert all(row["ratio"] == 1 for row in written["rows"] if row["variant"] == head.BASELINE)
-    precision = written["precision"]
-    assert precision["ours"]["confident"] < precision[head.BASELINE]["confident"]
-    assert precision["ours"]["changed_weight"] < 0.01
+    results = json.loads(out.read_text())
+    rows, ours, baseline = results["rows"], results["precision"][head.OURS], results["precision"][head.BASELINE]
+    assert {row["variant"] for row in rows} >= {head.ALL_TOKENS, head.BASELINE, head.OURS, head.OURS_CACHED}
+    assert all(error < 1e-4 for row in rows for error in row["errors"])
+    assert all(row["ratio"] == 1 for row in rows if row["variant"] == head.BASELINE)
+    assert ours["grad_hidden_error_confident"] < baseline["grad_hidden_error_confident"]
+    assert ours["grad_weight_changed"] < 0.01
     assert "out of memory" not in capsys.readouterr().out
     assert out.with_suffix(".png").exists()
 
 
-def test_runs_write_table_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the mistakes show."""
+def test_runs_writes_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistakes must also be visible in the diagnostics of the first step."""
     out = tmp_path / "runs.json"
     small = ["--imitation-steps", "30", "--steps", "3", "--batch-size", "16", "--pairs", "64"]
     monkeypatch.setattr(sys, "argv", ["runs", *small, "--out", str(out)])
     runs.main()
-    written = json.loads(out.read_text())
-    first = {run: dict(zip(written["entries"], steps[0])) for run, steps in written["runs"].items()}
-    assert first.keys() == runs.RUNS.keys()
-    right, wrong = (first[run]["rewards/accuracies"] for run in ("healthy", "answers swapped"))
-    assert wrong == pytest.approx(1 - right)
-    assert first["sums, not averages"]["amapo/margin_mean"] > first["healthy"]["amapo/margin_mean"]
+    results = json.loads(out.read_text())
+    first_steps = {run: dict(zip(results["metrics"], history[0])) for run, history in results["runs"].items()}
+    assert first_steps.keys() == runs.RUNS.keys()
+    healthy, summed, swapped = (first_steps[run] for run in ("healthy", "summed log-probs", "swapped answers"))
+    assert swapped["rewards/accuracies"] == pytest.approx(1 - healthy["rewards/accuracies"])
+    assert summed["amapo/margin_mean"] > healthy["amapo/margin_mean"]
     assert out.with_suffix(".png").exists()
 
 
-def test_estimators_write_table_json_and_picture(
+def test_estimators_prints_a_table_and_writes_json_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "estimators.json"
     arguments = ["--pairs", "4", "16", "--batch", "16", "--steps", "12", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["estimators", *arguments])
     estimators.main()
-    few, whole = json.loads(out.read_text())["rows"]
-    assert few["ScoreWindow"] < few["itself"]
-    assert whole["itself"] == 0  # the micro-batch is the batch
-    assert whole["ScoreWindow"] == pytest.approx(0, abs=1e-5)
-    assert few.keys() == {"pairs", *estimators.estimators(4, 16)}
+    micro_batch, whole_batch = json.loads(out.read_text())["rows"]
+    assert micro_batch["ScoreWindow"] < micro_batch["itself"]
+    assert whole_batch["itself"] == 0
+    assert whole_batch["ScoreWindow"] == pytest.approx(0, abs=1e-5)
+    assert micro_batch.keys() == {"pairs", *estimators.estimators(4, 16)}
     assert "4 of 16" in capsys.readouterr().out
     assert out.with_suffix(".png").exists()
     monkeypatch.setattr(sys, "argv", ["estimators", "--pairs", "3", "--batch", "16"])
@@ -249,13 +238,13 @@ def test_estimators_write_table_json_and_picture(
         estimators.main()
 
 
-def test_the_floor_launches_a_kernel() -> None:
+def test_the_empty_kernel_launches_and_has_a_backward() -> None:
     inputs = [torch.randn(4, device=triton_loss.device, requires_grad=True) for _ in range(2)]
     empty_kernel(inputs[0], inputs[1]).backward()
-    assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)
+    assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in inputs)
 
 
-def test_formulas_draws_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formulas_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "formulas.png"
     monkeypatch.setattr(sys, "argv", ["formulas", "--out", str(out)])
     formulas.main()
