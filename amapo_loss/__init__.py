@@ -1,4 +1,4 @@
-"""AMaPO: preference optimization with a margin for each pair, adapted from the batch.
+"""AMaPO: preference optimization with a margin for each pair, which is adapted to the batch.
 
 The names in `__all__` and the module `amapo_loss.trl` are the public interface. To read the code, start with
 `amapo_loss.functional`.
@@ -7,8 +7,8 @@ The names in `__all__` and the module `amapo_loss.trl` are the public interface.
 from importlib.util import find_spec
 
 if find_spec("amapo_loss.kernels") is None:
-    # In a checkout, the kernels are beside this folder. Without this sentence, the imports below would fail with a
-    # message about a circular import.
+    # In a checkout, the kernels are in a folder next to this one. Without this error, the imports below would raise one
+    # about a circular import.
     raise ImportError(
         f"amapo_loss was imported from a checkout that is not installed ({__path__[0]}): "
         "run `pip install .` in the folder above it"

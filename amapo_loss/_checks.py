@@ -1,4 +1,4 @@
-"""Argument checks. Each one raises a single sentence that names the argument, what it got and what it expects.
+"""Argument checks. Each error message is one sentence: the name of the argument, what is expected, and what came.
 
 Depends only on torch. The checks look at types, shapes, dtypes and devices, and never at the values of a tensor, so
 that none of them synchronizes with the device.
@@ -68,17 +68,22 @@ def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:
 
 
 def number(name: str, value: object, *, above: float = -inf, at_least: float = -inf, below: float = inf) -> None:
-    """Raise unless `value` is a finite Python number in the range. Checking a tensor would wait for the device."""
+    """Raise unless `value` is a finite Python number in the range.
+
+    A tensor is refused, because checking its value would wait for the device.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a Python number, got {_describe(value)}")
     if not (value > above and value >= at_least and value < below):  # also raises for NaN
         limits = {"> ": above, ">= ": at_least, "< ": below}
         expected = [f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf]
-        raise ValueError(f"{name} must be {' and '.join(expected + ['finite'] * (below == inf))}, got {value}")
+        if below == inf:
+            expected.append("finite")
+        raise ValueError(f"{name} must be {' and '.join(expected)}, got {value}")
 
 
 def integer(name: str, value: object, *, at_least: int) -> None:
-    """Raise unless `value` is an int of `at_least` or more."""
+    """Raise unless `value` is an int >= `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {_describe(value)}")
     if value < at_least:
@@ -98,7 +103,10 @@ def choice(name: str, value: object, options: object) -> None:
 
 
 def process_group(name: str, value: object) -> None:
-    """Raise unless `value` is a torch.distributed group that contains this rank."""
+    """Raise unless `value` is a torch.distributed group that contains this rank.
+
+    On other ranks, PyTorch's `new_group` returns an object of another type.
+    """
     if not isinstance(value, torch.distributed.ProcessGroup):
         raise TypeError(f"{name} must be a torch.distributed group that this rank belongs to, got {_describe(value)}")
 

@@ -1,4 +1,4 @@
-"""Count, mean and sum of squared deviations (M2) of scores, and how those of several ranks are merged.
+"""Count, mean and sum of squared deviations (M2) of scores, and how those of several parts or ranks are merged.
 
 Depends only on torch and the argument checks. Everything is float64, so that a mean far larger than the standard
 deviation, or a large number of ranks, costs no precision.
@@ -39,8 +39,8 @@ def all_gather_row(
         dist.all_gather_into_tensor(rows, row, group=process_group)
     except RuntimeError as error:
         raise RuntimeError(
-            "the score statistics of process_group could not be gathered: has another rank failed, or not called "
-            f"amapo_loss? ({error})"
+            "the score statistics of process_group could not be gathered: has another rank failed, or not called the "
+            f"loss? ({error})"
         ) from error
     return rows.view(-1, len(row))
 
@@ -48,9 +48,9 @@ def all_gather_row(
 def merge_moments(
     moments: Tensor,  # [k, 3]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, standard deviation (Bessel's correction) and count of all scores behind k rows of moments.
+    """Return the mean, the standard deviation with Bessel's correction, and the count of k parts together.
 
-    This is Chan's formula for k parts at once: M2 = sum(M2_k) + sum(n_k (mean_k - mean)^2).
+    This is Chan's formula for all parts at once: M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2.
     """
     counts, means, m2s = moments.unbind(1)
     n = counts.sum()

@@ -1,6 +1,6 @@
 """The options of a loss as one frozen value, which travels from the public function to the backends.
 
-Depends on the checks, the margin, the statistics and on whether the kernels can run.
+Depends on the argument checks, the margin, the statistics, and `kernels.unavailable_reason`.
 """
 
 from typing import NamedTuple
@@ -14,28 +14,29 @@ from amapo_loss.statistics import Estimator, ScoreStatistics
 
 
 class ConstantMargin(NamedTuple):
-    """The margin of DPO (0) and SimPO (gamma): the same number for every pair, in score units."""
+    """The margin of SimPO, and with gamma = 0 that of DPO: the same number for every pair, in score units."""
 
-    value: float
+    gamma: float
 
 
 class LossOptions(NamedTuple):
-    """What `amapo_loss`, `dpo_loss` and `simpo_loss` take beside tensors; the names mean what they mean there."""
+    """The arguments of `amapo_loss` that are not tensors, in its order. See there for their meaning."""
 
     beta: float
     label_smoothing: float
     margin: AdaptiveMargin | ConstantMargin
-    reduction: Reduction
     statistics: ScoreStatistics | Estimator | None = None
     process_group: ProcessGroup | None = None
-    backend: Backend = "torch"
+    reduction: Reduction = "mean"
+    backend: Backend = "torch"  # the only backend with a ConstantMargin
 
     def checked(self) -> "LossOptions":
-        """Return the options unchanged, or raise for the first one that no loss accepts, whatever the batch."""
+        """Return the options unchanged, or raise for the first invalid one. These checks need no batch."""
         _checks.number("beta", self.beta, above=0)
         _checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
-        _checks.choice("reduction", self.reduction, Reduction)
-        if not isinstance(self.margin, (AdaptiveMargin, ConstantMargin)):
+        if isinstance(self.margin, ConstantMargin):
+            _checks.number("gamma", self.margin.gamma)
+        elif not isinstance(self.margin, AdaptiveMargin):
             raise TypeError(f"margin must be an AdaptiveMargin, got {type(self.margin).__name__}")
         if not (self.statistics is None or callable(self.statistics) or isinstance(self.statistics, ScoreStatistics)):
             raise TypeError(
@@ -43,6 +44,7 @@ class LossOptions(NamedTuple):
             )
         if self.process_group is not None:
             _checks.process_group("process_group", self.process_group)
+        _checks.choice("reduction", self.reduction, Reduction)
         _checks.choice("backend", self.backend, Backend)
         if self.backend == "triton" and (reason := kernels.unavailable_reason()):
             raise RuntimeError(f"backend='triton' cannot run: {reason}")

@@ -1,4 +1,4 @@
-"""The tensors that a loss is given, as one checked value.
+"""The tensors that a loss is given, as one value that checks itself.
 
 Depends only on torch and the argument checks.
 """
@@ -34,9 +34,10 @@ class Pairs(NamedTuple):
         return self._replace(**{name: tensor.detach() for name, tensor in lengths.items()})
 
     def _both_or_neither(self, first: str, second: str) -> dict[str, Tensor]:
+        """Return the two tensors by name, or nothing if both are None; raise if one of them is None."""
         given = {name: getattr(self, name) for name in (first, second) if getattr(self, name) is not None}
         if len(given) == 1:
-            (present,), (missing,) = given, {first, second} - set(given)
+            present, missing = (first, second) if first in given else (second, first)
             raise ValueError(f"{present} was given without {missing}: pass both or neither")
         return given
 

@@ -3,7 +3,7 @@ r"""The mathematics of AMaPO in plain PyTorch, in the order and with the symbols
     d = log-ratio difference    r = beta * d    h = margin    L = (1 - eps) softplus(h - r) + eps softplus(r - h)
 
 Every other backend is tested against this file. It depends only on torch, `Pairs` and `AdaptiveMargin`. Its inputs are
-already checked and of one floating dtype. Tensors are [B] unless their comment says otherwise.
+already checked, and of one floating dtype except for mu. Tensors are [B] unless their comment says otherwise.
 """
 
 import math
@@ -42,9 +42,10 @@ def input_scale(
     rewards: Tensor,  # [3, B]
     beta: float,
 ) -> Tensor:
-    """Return the largest absolute value (0-dim) among the terms that the scores are computed from.
+    """Return beta times the largest absolute value (0-dim) among the terms that the scores are computed from.
 
-    The rounding error of a score is proportional to this value, which may be far larger than the score itself.
+    The rounding error of a score is proportional to it. It may be far larger than the score itself. Without a
+    reference, these terms are the rewards; with a reference, they are also the log-probs that the rewards subtract.
     """
     if pairs.ref_chosen_logps is None or pairs.ref_rejected_logps is None:
         return max_abs(rewards)
@@ -68,9 +69,9 @@ def adaptive_margins(
     margin: AdaptiveMargin,
 ) -> Tensor:
     """Return the margins h [B] of pairs with scores r in a batch with mean mu and standard deviation sigma."""
-    eps = torch.finfo(r.dtype).eps
+    machine_eps = torch.finfo(r.dtype).eps
     # Where the scores differ only by the rounding of their inputs, an infinite sigma makes every z 0.
-    sigma = sigma.masked_fill(sigma <= 8 * eps * input_scale, math.inf)
+    sigma = sigma.masked_fill(sigma <= 8 * machine_eps * input_scale, math.inf)
     # The subtraction is in the dtype of mu. If a float64 mean far larger than sigma were rounded first, z would be off.
     below = mu - r if mu.dtype == r.dtype else (mu - r.to(mu.dtype)).to(r.dtype)
     distance = below.abs()
@@ -78,7 +79,7 @@ def adaptive_margins(
         distance = torch.minimum(distance, mu.abs())
     # A score within rounding of the mean counts as equal to it. Otherwise the gate of such a pair, and with it a jump
     # of the margin from 0 to beta, would depend on the order of summation.
-    z = below.masked_fill(distance <= 2 * eps * max_abs(r), 0) / sigma
+    z = below.masked_fill(distance <= 2 * machine_eps * max_abs(r), 0) / sigma
     if not margin.normalize:
         z = (z > 0) + 0 * z  # adding 0 * z keeps a NaN
 
@@ -98,12 +99,12 @@ def adaptive_margins(
 def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Return the losses L [B], differentiable in d.
 
-    With y = h - r, the identity softplus(-y) = softplus(y) - y turns L into softplus(y) - eps * y. This form keeps its
-    relative precision for pairs that rank far above their margin, where y is far below 0.
+    With the shortfall s = h - r, the identity softplus(-s) = softplus(s) - s turns L into softplus(s) - eps * s. This
+    form keeps its relative precision for pairs whose score is far above their margin, where s is far below 0.
     """
-    y = torch.add(h, d, alpha=-beta)
-    losses = F.softplus(y, threshold=40.0)  # the error of the default threshold, 20, is visible in float64
-    return losses - label_smoothing * y if label_smoothing else losses
+    shortfall = torch.add(h, d, alpha=-beta)  # h - r in one operation; unlike the detached r, d has a graph
+    losses = F.softplus(shortfall, threshold=40.0)  # the error of the default threshold, 20, is visible in float64
+    return losses - label_smoothing * shortfall if label_smoothing else losses
 
 
 def gradient_weights(r: Tensor, h: Tensor, label_smoothing: float) -> Tensor:

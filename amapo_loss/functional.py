@@ -1,6 +1,6 @@
-"""The losses. Each public function checks its arguments and hands them to a backend; read this file from top to bottom.
+"""The losses. Each public function checks its arguments and passes them to a backend. Read this file from the top.
 
-Depends on the rest of the package except the module, the trainer and the self-check, which depend on it.
+Depends on the rest of the package except for `logps`, and for `module`, `trl` and `__main__`, which depend on it.
 """
 
 from typing import NamedTuple
@@ -119,9 +119,7 @@ def amapo_loss(
 
     Source: arXiv 2511.09385, section 4. The formula "released" is from the trainer that its authors published.
     """
-    options = LossOptions(
-        beta, label_smoothing, margin, reduction, statistics, process_group=process_group, backend=backend
-    ).checked()
+    options = LossOptions(beta, label_smoothing, margin, statistics, process_group, reduction, backend).checked()
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
     ).checked()
@@ -171,7 +169,7 @@ def dpo_loss(
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
     """
-    options = LossOptions(beta, label_smoothing, ConstantMargin(0.0), reduction).checked()
+    options = LossOptions(beta, label_smoothing, ConstantMargin(0.0), reduction=reduction).checked()
     _checks.floating_tensor("ref_chosen_logps", ref_chosen_logps)  # `Pairs` would accept None for both references
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
@@ -217,8 +215,7 @@ def simpo_loss(
 
     Source: arXiv 2405.14734, equation 6.
     """
-    options = LossOptions(beta, label_smoothing, ConstantMargin(gamma), reduction).checked()
-    _checks.number("gamma", gamma)
+    options = LossOptions(beta, label_smoothing, ConstantMargin(gamma), reduction=reduction).checked()
     pairs = Pairs(
         chosen_logps, rejected_logps, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
     ).checked()
@@ -226,7 +223,7 @@ def simpo_loss(
 
 
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
-    """Return whether the kernel computes these pairs; raise if it was asked for and cannot."""
+    """Return whether the kernel computes these pairs; raise if `backend="triton"` cannot compute them."""
     backend, device = options.backend, pairs.chosen_logps.device
     if backend == "torch" or (backend == "auto" and not (device.type == "cuda" and kernels.HAS_TRITON)):
         return False
@@ -239,15 +236,16 @@ def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
 
 
 def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
-    """Compute the loss with the fused kernel, which takes the statistics itself unless they are supplied."""
+    """Compute the loss with the fused kernel, which computes the statistics as well unless they are supplied."""
     from amapo_loss.kernels import pair_loss  # importing Triton takes a second, and it may not be installed
 
-    rank_moments = supplied = None
+    rank_moments = None
     if options.process_group is not None:
         rank_moments = all_gather_row(pair_loss.moments(pairs, options.beta), options.process_group)
-    if options.statistics is not None:
+    supplied = options.statistics
+    if supplied is not None and not isinstance(supplied, ScoreStatistics):
         _, (scores, *_) = _reference.log_ratio_differences(pairs.to_accumulation_dtype().detached(), options.beta)
-        supplied = _supplied_statistics(scores, options)
+        supplied = _checked_statistics(supplied(scores, options.process_group), scores.device)
     output = pair_loss.pair_loss(pairs, options, supplied, rank_moments)
     diagnostics = Diagnostics(
         pairs.detached(),
@@ -269,18 +267,20 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     if options.process_group is not None:
         rank_moments = all_gather_row(moments(r), options.process_group)
 
-    if options.statistics is not None:
-        statistics = _supplied_statistics(r, options)
-        mu = statistics.mean + (0 * r).sum()  # NaN if a score is NaN, as the batch's own mean would be
-    else:
+    statistics = options.statistics
+    if statistics is None:
         statistics = ScoreStatistics.of(r) if rank_moments is None else ScoreStatistics(*merge_moments(rank_moments))
         mu = statistics.mean
+    else:
+        if not isinstance(statistics, ScoreStatistics):
+            statistics = _checked_statistics(statistics(r, options.process_group), r.device)
+        mu = statistics.mean + (0 * r).sum()  # NaN if a score is not finite, as the batch's own mean would be
 
     if isinstance(options.margin, ConstantMargin):
-        h = options.margin.value + 0 * r  # NaN for a pair whose score is not finite, so that its loss is NaN
+        h = options.margin.gamma + 0 * r  # NaN for a pair whose score is not finite, so that its loss is NaN
     else:
-        scale = _reference.input_scale(pairs, rewards, options.beta)
-        h = _reference.adaptive_margins(r, mu, statistics.std, scale, options.beta, options.margin)
+        input_scale = _reference.input_scale(pairs, rewards, options.beta)
+        h = _reference.adaptive_margins(r, mu, statistics.std, input_scale, options.beta, options.margin)
 
     losses = _reference.pair_losses(d, h, options.beta, options.label_smoothing)
     loss = _reduce(losses, options.reduction, rank_moments)
@@ -288,21 +288,12 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     return AMaPOOutput(loss, diagnostics)
 
 
-def _supplied_statistics(
-    scores: Tensor,  # [B]
-    options: LossOptions,
-) -> ScoreStatistics:
-    """Return the statistics that the caller supplied, or those that the caller's estimator makes of the scores."""
-    if isinstance(options.statistics, ScoreStatistics):
-        return options.statistics
-    assert options.statistics is not None
-    return _checked_statistics(options.statistics(scores, options.process_group), scores.device)
-
-
 def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
-    """Return the statistics detached, or raise if they are not 0-dim floating tensors on the device."""
+    """Return the statistics detached, or raise if mean and std are not 0-dim floating tensors on the device."""
     if not isinstance(statistics, ScoreStatistics):
-        raise TypeError(f"the estimator in statistics must return ScoreStatistics, got {type(statistics).__name__}")
+        raise TypeError(
+            f"the callable passed as statistics must return ScoreStatistics, got {type(statistics).__name__}"
+        )
     _checks.scalar_tensor("statistics.mean", statistics.mean, device)
     _checks.scalar_tensor("statistics.std", statistics.std, device)
     return ScoreStatistics(statistics.mean.detach(), statistics.std.detach(), statistics.count)
@@ -311,8 +302,9 @@ def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> Sc
 def _reduce(
     losses: Tensor,  # [B]
     reduction: Reduction,
-    rank_moments: Tensor | None,  # [ranks, 3]
+    rank_moments: Tensor | None,  # [ranks, 3], with a process group
 ) -> Tensor:
+    """Return the losses, their sum, or their mean over the pairs of all ranks times the number of ranks."""
     if reduction == "none":
         return losses
     if reduction == "mean" and rank_moments is not None:

@@ -1,6 +1,6 @@
-"""`AMaPOLoss`: the loss as an nn.Module, with the signature and the return values of the DPO losses that it replaces.
+"""`AMaPOLoss`: the loss as an nn.Module, whose `forward` takes and returns what that of OpenRLHF's `DPOLoss` does.
 
-Depends on the functional loss.
+Depends on `functional` and the types of its arguments.
 """
 
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class AMaPOLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        LossOptions(beta, label_smoothing, margin, reduction, statistics, process_group, backend).checked()
+        LossOptions(beta, label_smoothing, margin, statistics, process_group, reduction, backend).checked()
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.margin = margin
@@ -100,5 +100,5 @@ class AMaPOLoss(nn.Module):
         return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
 
     def extra_repr(self) -> str:
-        """Return the options that `print(module)` shows."""
+        """Return beta, label smoothing and margin, for `print(module)`."""
         return f"beta={self.beta}, label_smoothing={self.label_smoothing}, margin={self.margin}"

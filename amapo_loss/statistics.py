@@ -68,11 +68,11 @@ class ScoreStatistics(NamedTuple):
         scores = scores.to(_checks.accumulation_dtype(scores))
         if n == 0:
             return cls(scores.sum(), scores.sum(), count)
-        # std_mean runs Welford's recurrence, in which equal scores deviate from their mean by exactly 0. With mean()
-        # they may deviate by its rounding, which would become a spurious margin.
-        std, mean = torch.std_mean(scores, correction=min(n - 1, 1))
-        # The rounding of the mean grows with n. Adding the mean of the remaining deviations removes it, so that a pair
-        # whose score is the mean is recognized as such.
+        # std_mean runs Welford's recurrence, in which equal scores deviate from their mean by exactly 0. From mean()
+        # they may deviate by its rounding error, which would become a spurious margin.
+        std, mean = torch.std_mean(scores, correction=min(n - 1, 1))  # no correction for one score: 0 instead of NaN
+        # The rounding error of the mean grows with n. The mean of the deviations from it is that error, so adding it
+        # makes sure that a pair whose score equals the mean is recognized as such.
         return cls(torch.add(mean, (scores - mean).sum(), alpha=1 / n), std, count)
 
 

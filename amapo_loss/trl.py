@@ -1,7 +1,7 @@
 """`AMaPOTrainer` and `AMaPOConfig`: TRL's DPO trainer with the AMaPO loss.
 
-The datasets, the collator, the fused head, the metrics and the checkpoints are TRL's own. Depends on TRL 1.16 and on
-the public names of this package.
+The data sets, the collator, the fused head, the metrics and the checkpoints are TRL's own. Depends on TRL 1.16, on the
+public names of this package, and on its argument checks.
 """
 
 from dataclasses import MISSING, dataclass, field, fields
@@ -58,26 +58,29 @@ class AMaPOConfig(DPOConfig):
         beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs. With
             summed log-probs, start with about 0.1.
         label_smoothing: share of pairs that you believe to be labelled the wrong way round, in [0, 0.5).
-        reference_free: build and run no reference model. `False` ranks by DPO's score, with the reference model that
-            `DPOTrainer` would use, or with its precomputed log-probs.
-        length_average: divide the log-probs by the number of tokens in the response, as the paper does. `False` takes
-            sums.
-        formula: the margin formula, `"paper"` or `"released"`. See `AdaptiveMargin` for this and the next three.
-        normalize: measure the distance to the mean in standard deviations.
+        reference_free: `True` loads and runs no reference model. `False` subtracts the log-probs of the reference model
+            that `DPOTrainer` would use. With `length_average=False` in addition, the score is DPO's.
+        length_average: `True` divides the log-probs by the number of tokens in the response, as the paper does. `False`
+            takes sums.
+        formula: the margin formula, `"paper"` or `"released"`. `AdaptiveMargin` says more about this option and the
+            three below.
+        normalize: `False` gives all pairs below the mean the same margin.
         scaling: `"exp"` or `"linear"`.
-        clip: give no margin to the pairs that the gate of the formula excludes.
-        sft_weight: weight of TRL's SFT loss on the chosen responses, which is added to this loss. 0 leaves it out.
-        statistics_window: during training, take the statistics over this number of the latest scores of all processes,
-            with a `ScoreWindow`. Use it with small batches and with gradient accumulation. None takes the statistics of
-            each micro-batch.
+        clip: `False` gives every pair a margin.
+        sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
+        statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
+            those of the micro-batch on all processes and the latest before them. Choose it near the number of pairs per
+            optimizer step on all processes. None takes the statistics of each micro-batch, and so does evaluation.
 
     Raises:
-        ValueError: if an option of another loss is set, or an option of a reference model together with
-            `reference_free`, or if a value is out of range.
+        TypeError: if a value has a wrong type.
+        ValueError: if a value is out of range; if an option is set that belongs to another loss of `DPOTrainer`
+            (`loss_type`, `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`,
+            `discopop_tau`); if `precompute_ref_log_probs` or `sync_ref_model` is set together with `reference_free`.
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
-    reference_free: bool = field(default=True, metadata={"help": "Build and run no reference model."})
+    reference_free: bool = field(default=True, metadata={"help": "Load and run no reference model."})
     length_average: bool = field(default=True, metadata={"help": "Divide log-probs by the length of the response."})
     formula: Formula = field(default="paper", metadata={"help": "Margin formula."})
     normalize: bool = field(
@@ -93,10 +96,10 @@ class AMaPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        unused = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
+        forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
-            unused |= dict.fromkeys(_OPTIONS_OF_A_REFERENCE, "needs a reference model, and reference_free is True")
-        for name, reason in unused.items():
+            forbidden |= dict.fromkeys(_OPTIONS_OF_A_REFERENCE, "needs a reference model, and reference_free is True")
+        for name, reason in forbidden.items():
             value, default = getattr(self, name), defaults[name]
             if value != default:
                 raise ValueError(f"{name} {reason}: leave it at {default!r}, got {value!r}")
@@ -119,9 +122,9 @@ _NO_REFERENCE: Any = object()  # stands for the reference model, so that DPOTrai
 class AMaPOTrainer(DPOTrainer):
     """`DPOTrainer` with the AMaPO loss. It takes the arguments of `DPOTrainer`, with an `AMaPOConfig` as `args`.
 
-    The statistics are taken over the pairs of all processes. The log contains what `DPOTrainer` logs, with the rewards
-    of this loss, and beside it the values of `Diagnostics.summary` that start with `amapo/`. Checkpoints contain the
-    window of scores, so that a resumed run continues bitwise.
+    The statistics are taken over the pairs of all processes. The trainer logs what `DPOTrainer` logs, with the rewards
+    of this loss, and in addition the values of `Diagnostics.summary` that start with `amapo/`. Checkpoints contain the
+    state of the `ScoreWindow`, so that a resumed run gives bitwise the same results.
 
     Example:
         >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7)  # doctest: +SKIP
@@ -150,14 +153,14 @@ class AMaPOTrainer(DPOTrainer):
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
-        # DPOTrainer's own loss still computes the metrics, and the SFT loss where it has a weight. Its preference loss
-        # gets the weight 0.
+        # TRL's own loss still runs, because it computes the metrics: as SFT loss if sft_weight is above 0, else as DPO
+        # loss with weight 0.
         self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]
         self.loss_weights = [args.sft_weight]
 
     @property
     def ref_model(self) -> Any:
-        """The reference model as in `DPOTrainer`, or None without a reference."""
+        """The reference model that `DPOTrainer` sets, or None with `reference_free`."""
         return self._ref_model
 
     @ref_model.setter
@@ -175,15 +178,18 @@ class AMaPOTrainer(DPOTrainer):
         inputs = inputs | self._reference_logps(inputs)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            dpo_result = super()._compute_loss(recording_model, inputs, return_outputs)
+            trl_result = super()._compute_loss(recording_model, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
-        dpo_loss, *dpo_outputs = dpo_result if return_outputs else (dpo_result,)
-        loss = self._amapo_loss(outputs[0].log_probs, inputs) + dpo_loss
-        return (loss, *dpo_outputs) if return_outputs else loss
+        trl_loss, *trl_outputs = trl_result if return_outputs else (trl_result,)
+        loss = self._amapo_loss(outputs[0].log_probs, inputs) + trl_loss
+        return (loss, *trl_outputs) if return_outputs else loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the summed reference log-probs under the names of precomputed ones; zeros without a reference."""
+        """Return the summed reference log-probs under TRL's names for precomputed ones.
+
+        They are zeros with `reference_free`. If they were precomputed, `inputs` has them already, and this returns {}.
+        """
         if self.precompute_ref_logps:
             return {}
         if self.args.reference_free:
@@ -199,6 +205,7 @@ class AMaPOTrainer(DPOTrainer):
     ) -> Tensor:
         """Return the loss, and log its summary in place of DPO's."""
         counted = inputs["completion_mask"][:, 1:]
+        # Tokens that do not count have log-prob 0. Prompt-learning PEFT puts virtual tokens in front; cut these off.
         chosen_logps, rejected_logps = token_logps[:, -counted.shape[1] :].sum(1).chunk(2)
         ref_logps = [None, None]
         if not self.args.reference_free:
@@ -220,7 +227,8 @@ class AMaPOTrainer(DPOTrainer):
         summary = diagnostics.summary()
         averages = self.accelerator.gather(torch.stack(list(summary.values()))).view(-1, len(summary)).mean(0)
         metrics = self._metrics["train" if training else "eval"]
-        # DPOTrainer has just appended its own value of some of these metrics: overwrite it, and append the others.
+        # DPOTrainer has just appended its own value of some of these metrics, at this index. The slice assignment
+        # overwrites such a value, and appends where a metric has none yet.
         index = len(metrics["rewards/margins"]) - 1
         for key, value in zip(summary, averages.tolist()):
             metrics[key][index:] = [value]

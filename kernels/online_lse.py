@@ -1,10 +1,10 @@
-"""The online log-sum-exp of a tile of logits, and the gradient of a tile, in one pass over its memory each.
+"""Two kernels for a tile of logits: one adds it to an online log-sum-exp, the other writes its gradient.
 
-The mathematics, the symbols and the order of the arguments are those of `amapo_loss.logps._online_lse`. One program
-processes one row. Depends only on torch and Triton.
+Each kernel reads the tile once. The mathematics, the symbols and the order of the arguments are those of
+`amapo_loss.logps._online_lse`. One program processes one row. Depends only on torch and Triton.
 
-A tile is [n, v], or [n / m, m, v] with any strides, whose row number r is (r // m, r % m). `z_outer` and `z_inner` are
-its strides over those two indices and `z_stride` the stride over columns.
+A tile is [n, v], or [n / m, m, v] with any strides. Row r of the latter has the index (r // m, r % m), `z_outer_stride`
+and `z_inner_stride` are the strides over these two, and `z_column_stride` is the stride over columns.
 """
 
 import torch
@@ -12,29 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # columns that a program holds at a time
+MAX_BLOCK = 4096  # columns that a program holds at a time
 
 INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _load_logits(z_ptr, bias_ptr, j, z_stride, mask, scale, softcap):
+def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
     """Return the logits of the columns j, with the transform applied, and -inf where the mask is false."""
-    z = tl.load(z_ptr + j * z_stride, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + j * z_column_stride, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + j, mask=mask, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # softcap * tanh(z / softcap)
+        # This is softcap * tanh(z / softcap). Triton has tanh only in libdevice, which its interpreter does not run.
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
     return tl.where(mask, z, -INF)
 
 
 @triton.jit
 def _update_kernel(
     z_ptr,  # [n / m, m, v]
-    z_outer,
-    z_inner,
-    z_stride,
+    z_outer_stride,
+    z_inner_stride,
+    z_column_stride,
     target_ids_ptr,  # [n]
     target_logit_ptr,  # [n], updated
     lse_rest_ptr,  # [n], updated
@@ -50,16 +51,16 @@ def _update_kernel(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ids_ptr + row)
     if y >= 0:
-        z_ptr += row // m * z_outer + row % m * z_inner
-        y -= first_column
+        z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
+        target_column = y - first_column
         target_logit = tl.zeros((), tl.float32)
         running_max = tl.full((), -INF, tl.float32)
         total = tl.zeros((), tl.float32)  # sum of exp(z_j - running_max) over the columns seen, without the target
         for start in range(0, num_columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
-            z = _load_logits(z_ptr, bias_ptr, j, z_stride, j < num_columns, scale, softcap)
-            target_logit += tl.sum(tl.where(j == y, z, 0.0))
-            z = tl.where(j == y, -INF, z)
+            z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_columns, scale, softcap)
+            target_logit += tl.sum(tl.where(j == target_column, z, 0.0))
+            z = tl.where(j == target_column, -INF, z)
             new_max = tl.maximum(running_max, tl.max(z))
             # As long as all logits are -inf, subtract 0: -inf - -inf would be NaN.
             shift = tl.where(new_max == -INF, 0.0, new_max)
@@ -69,19 +70,19 @@ def _update_kernel(
         new_max = tl.maximum(lse_rest, running_max)
         new_lse = new_max + tl.log(tl.exp(lse_rest - new_max) + total * tl.exp(running_max - new_max))
         tl.store(lse_rest_ptr + row, new_lse)
-        if (y >= 0) & (y < num_columns):
+        if (target_column >= 0) & (target_column < num_columns):
             tl.store(target_logit_ptr + row, target_logit)
 
 
 @triton.jit
 def _gradient_kernel(
     out_ptr,  # [n / m, m, v], may be the memory of z with elements of the same size or smaller
-    out_outer,
-    out_inner,
+    out_outer_stride,
+    out_inner_stride,
     z_ptr,  # [n / m, m, v]
-    z_outer,
-    z_inner,
-    z_stride,
+    z_outer_stride,
+    z_inner_stride,
+    z_column_stride,
     target_ids_ptr,  # [n]
     lse_rest_ptr,  # [n]
     bias_ptr,  # [v], or None
@@ -97,27 +98,27 @@ def _gradient_kernel(
 ):
     """Write the gradient of a tile: -a exp(z_j - L) times the slope of the softcap for j != y, and b for j = y."""
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row // m * z_outer + row % m * z_inner
-    out_ptr += row // m * out_outer + row % m * out_inner
+    z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
+    out_ptr += row // m * out_outer_stride + row % m * out_inner_stride
     y = tl.load(target_ids_ptr + row)
     lse_rest = tl.load(lse_rest_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
-    counts = y >= 0
-    num_read = tl.where(counts, num_columns, 0)  # a row that does not count is written but not read
-    y -= first_column
+    is_counted = y >= 0
+    num_read = tl.where(is_counted, num_columns, 0)  # a row that does not count is written but not read
+    target_column = y - first_column
     for start in range(0, num_columns, BLOCK):
         j = start + tl.arange(0, BLOCK).to(tl.int64)
         mask = j < num_columns
         if Z_IS_EXP:
-            exp_logits = tl.load(z_ptr + j * z_stride, mask=j < num_read, other=0.0).to(tl.float32)
+            exp_logits = tl.load(z_ptr + j * z_column_stride, mask=j < num_read, other=0.0).to(tl.float32)
         else:
-            z = _load_logits(z_ptr, bias_ptr, j, z_stride, j < num_read, scale, softcap)
+            z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_read, scale, softcap)
             exp_logits = tl.exp(z - lse_rest)
             if softcap is not None:
                 exp_logits *= 1 - (z / softcap) * (z / softcap)
-        out = tl.where(counts, tl.where(j == y, b, -a * exp_logits), 0.0)
-        # Elements of half the size are stored where another thread may still have to load: wait for all loads.
+        out = tl.where(is_counted, tl.where(j == target_column, b, -a * exp_logits), 0.0)
+        # `out` may be the memory of z. Its elements are then stored where another thread may not have loaded yet.
         tl.debug_barrier()
         tl.store(out_ptr + j, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -158,7 +159,7 @@ def write_gradient(
     out: Tensor,  # shape of z, adjacent columns
     z: Tensor,  # [n, v] or [n / m, m, v], any strides
     target_ids: Tensor,  # [n]
-    target_logit: Tensor,  # [n], unused: b contains it
+    target_logit: Tensor,  # [n], unused, so that callers can pass their whole state
     lse_rest: Tensor,  # [n]
     first_column: int,
     bias: Tensor | None,  # [v]
@@ -170,13 +171,13 @@ def write_gradient(
 ) -> None:
     """Write the gradient with respect to a tile of matrix products to `out`."""
     num_columns, m, z_strides = _layout(z)
-    _, _, (out_outer, out_inner, _) = _layout(out)
+    _, _, (out_outer_stride, out_inner_stride, _) = _layout(out)
     if target_ids.numel():
         with torch.cuda.device_of(z):
             _gradient_kernel[(len(target_ids),)](
                 out,
-                out_outer,
-                out_inner,
+                out_outer_stride,
+                out_inner_stride,
                 z,
                 *z_strides,
                 target_ids,
@@ -197,10 +198,10 @@ def write_gradient(
 
 
 def _layout(z: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Return the number of columns, m, and the strides over [n / m, m, v]; a tile [n, v] has m = 1."""
+    """Return (v, m, strides) of a tile as [n / m, m, v]; a tile [n, v] has m = 1."""
     z = z if z.ndim == 3 else z.unsqueeze(1)
     return z.shape[2], z.shape[1], z.stride()
 
 
 def _block(num_columns: int) -> int:
-    return min(BLOCK, max(128, int(triton.next_power_of_2(num_columns))))
+    return min(MAX_BLOCK, max(128, int(triton.next_power_of_2(num_columns))))

@@ -1,12 +1,12 @@
-r"""The AMaPO loss of a batch in one kernel launch, with its gradient and the summary that a trainer logs.
+r"""The AMaPO loss of a batch in one or two kernel launches, with its gradient and the summary that a trainer logs.
 
-Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch takes the
-statistics and a second one computes the loss. Read this file from top to bottom: the mathematics in the order and with
-the symbols of `amapo_loss._reference`, the kernels made of it, their launch, the operator that PyTorch sees, and the
-function that `amapo_loss` calls. Depends only on torch, Triton and the types of `amapo_loss`.
+Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch computes the
+statistics and a second one the loss. This file has, from top to bottom, bundles of kernel arguments, the mathematics in
+the order and with the symbols of `amapo_loss._reference`, the kernels, their launch, the operators that PyTorch sees,
+and the functions that `amapo_loss.functional` calls. Depends on torch, Triton and the types of `amapo_loss`.
 
-Everything is computed in float32, except the sums of scores, which are float64: neither a mean far larger than the
-standard deviation nor a large batch costs them precision. Every launch passes `enable_fp_fusion=False`. A fused
+Everything is computed in float32, except the sums of scores. They are float64, so that a mean far larger than the
+standard deviation and a large batch do not cost precision. Every launch passes `enable_fp_fusion=False`. A fused
 multiply-add rounds once where separate operations round twice, so that equal scores could differ from their own mean.
 """
 
@@ -25,14 +25,15 @@ from amapo_loss.statistics import ScoreStatistics
 
 MAX_PAIRS_ONE_LAUNCH = 8192  # beyond this number of pairs, the registers of one program spill
 BLOCK_PAIRS = 2048  # pairs that a program holds at a time, with two launches
-MAX_STATISTICS_PROGRAMS = 512  # few enough that every program of the second launch can add up their partial sums
-MAX_LOSS_PROGRAMS = 1024  # few enough that the last one of them can add up their totals
+MAX_STATISTICS_PROGRAMS = 512  # in the first launch, so that each program of the second can add up the partial sums
+MAX_LOSS_PROGRAMS = 1024  # in the second launch, so that its last program can add up the totals
 
-EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
+MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
-# The totals [16] of a block of pairs, by index. `_block_totals` lists all of them; these are used by name.
+# Indices into the 16 totals of a block of pairs. `_process_block` lists all totals; these are used by name. The last
+# two are empty in the totals, and in the summary they have the statistics.
 NUM_CORRECT = tl.constexpr(3)
 MARGIN_SUM = tl.constexpr(7)
 CORRECT_WEIGHT_SUM = tl.constexpr(10)
@@ -46,8 +47,8 @@ SCORE_STD = tl.constexpr(15)
 # Bundles of kernel arguments. In a kernel, a tensor is a pointer to its first element.
 
 
-class Side(NamedTuple):
-    """The chosen or the rejected responses. A stride is 0 where its tensor is None."""
+class Responses(NamedTuple):
+    """The chosen or the rejected responses. The stride of a tensor that is None is 0."""
 
     logps: Tensor  # [n]
     logps_stride: int
@@ -58,7 +59,7 @@ class Side(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Where the mean and the standard deviation come from: supplied, from the moments of all ranks, or computed."""
+    """The sources of the mean and the standard deviation. If all are None, the kernel computes both from the pairs."""
 
     mean: Tensor | None  # 0-dim, supplied
     std: Tensor | None  # 0-dim, supplied
@@ -81,18 +82,21 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _log_ratio(side, i, mask):
-    """Return log pi(y), the log-ratio (log pi(y) - log ref(y)) / |y|, |y|, and the scale of the ratio's inputs."""
-    logps = tl.load(side.logps + i * side.logps_stride, mask=mask, other=0.0).to(tl.float32)
+def _load_responses(responses, i, mask):
+    """Return four values for each response: (log-prob, log-ratio, length, input scale).
+
+    The log-ratio is (log pi(y) - log ref(y)) / |y|, and the input scale the largest absolute value it is computed from.
+    """
+    logps = tl.load(responses.logps + i * responses.logps_stride, mask=mask, other=0.0).to(tl.float32)
     ratio = logps
     input_scale = tl.abs(logps)
-    if side.ref is not None:
-        ref = tl.load(side.ref + i * side.ref_stride, mask=mask, other=0.0).to(tl.float32)
+    if responses.ref is not None:
+        ref = tl.load(responses.ref + i * responses.ref_stride, mask=mask, other=0.0).to(tl.float32)
         ratio = logps - ref
         input_scale = tl.maximum(input_scale, tl.abs(ref))
     length = 1.0
-    if side.lengths is not None:
-        length = tl.load(side.lengths + i * side.lengths_stride, mask=mask, other=1).to(tl.float32)
+    if responses.lengths is not None:
+        length = tl.load(responses.lengths + i * responses.lengths_stride, mask=mask, other=1).to(tl.float32)
         length = tl.where(length == 0, 1.0, length)
         ratio = tl.div_rn(ratio, length)
         input_scale = tl.div_rn(input_scale, length)
@@ -101,22 +105,22 @@ def _log_ratio(side, i, mask):
 
 @triton.jit
 def _load_pairs(chosen, rejected, i, mask, beta):
-    """Return the scores r = beta * d of the pairs i, the scale of their inputs, and both sides.
+    """Return the scores r = beta * d of the pairs i, their input scales, and (log-prob, log-ratio, length) twice.
 
-    A side is (log-probs, log-ratios, lengths).
+    These three are the terms of the chosen responses, then those of the rejected responses.
     """
-    chosen_logps, chosen_ratio, chosen_length, chosen_scale = _log_ratio(chosen, i, mask)
-    rejected_logps, rejected_ratio, rejected_length, rejected_scale = _log_ratio(rejected, i, mask)
+    chosen_logps, chosen_ratio, chosen_length, chosen_scale = _load_responses(chosen, i, mask)
+    rejected_logps, rejected_ratio, rejected_length, rejected_scale = _load_responses(rejected, i, mask)
     d = chosen_ratio - rejected_ratio
     r = beta * d
     input_scale = beta * tl.maximum(tl.abs(d), tl.maximum(chosen_scale, rejected_scale))
-    chosen_side = (chosen_logps, chosen_ratio, chosen_length)
-    return r, input_scale, chosen_side, (rejected_logps, rejected_ratio, rejected_length)
+    chosen_terms = (chosen_logps, chosen_ratio, chosen_length)
+    return r, input_scale, chosen_terms, (rejected_logps, rejected_ratio, rejected_length)
 
 
 @triton.jit
 def _pivot_score(chosen, rejected, n, beta):
-    """Return the score of pair 0, which the sums of scores are taken about; 0 if there are no pairs."""
+    """Return the score of pair 0, which is subtracted from every score before summing; 0 if there are no pairs."""
     i = tl.full((), 0, tl.int64)
     return _load_pairs(chosen, rejected, i, i < n, beta)[0]
 
@@ -137,6 +141,7 @@ def _moments_from_sums(pivot, sum1, sum2, n):
     """Return the count, the mean and the sum of squared deviations (M2) of the scores, in float64."""
     n = tl.cast(n, tl.float64)
     m2 = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
+    # Rounding may make M2 negative. tl.maximum(m2, 0) would also replace a NaN.
     return n, pivot.to(tl.float64) + sum1 / tl.maximum(n, 1.0), tl.where(m2 < 0, 0.0, m2)
 
 
@@ -179,14 +184,14 @@ def _adaptive_margins(
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Return the margins h, line by line as `amapo_loss._reference.adaptive_margins`, where the comments are."""
-    sigma = tl.where(sigma <= input_scale * (8 * EPS), INF, sigma)
+    """Return the margins h. For the reasons, see the same lines in `amapo_loss._reference.adaptive_margins`."""
+    sigma = tl.where(sigma <= input_scale * (8 * MACHINE_EPS), INF, sigma)
     below = (mu - r.to(tl.float64)).to(tl.float32)
     mu = mu.to(tl.float32)
     distance = tl.abs(below)
     if PAPER:
         distance = tl.minimum(distance, tl.abs(mu))
-    z = tl.where(distance <= max_score * (2 * EPS), 0.0, below) / sigma
+    z = tl.where(distance <= max_score * (2 * MACHINE_EPS), 0.0, below) / sigma
     if not NORMALIZE:
         z = (z > 0).to(tl.float32) + 0 * z
 
@@ -202,14 +207,15 @@ def _adaptive_margins(
 
 
 @triton.jit
-def _pair_losses(r, h, eps):
+def _pair_losses(r, h, label_smoothing):
     """Return the losses L and the gradient weights w = -dL/dr."""
-    y = h - r
-    e = tl.exp(-tl.abs(y))
+    shortfall = h - r
+    e = tl.exp(-tl.abs(shortfall))
+    # log(1 + e): u rounds 1 + e, and the factor e / (u - 1) corrects the logarithm for that rounding.
     u = 1 + e
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))  # log(u) alone loses what the rounding of u has lost
-    losses = tl.where(y < 0, 0.0, y) + log1p - eps * y
-    weights = tl.where(y < 0, e, 1.0) / u - eps
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
+    losses = tl.where(shortfall < 0, 0.0, shortfall) + log1p - label_smoothing * shortfall
+    weights = tl.where(shortfall < 0, e, 1.0) / u - label_smoothing
     return losses, weights
 
 
@@ -217,7 +223,7 @@ def _pair_losses(r, h, eps):
 
 
 @triton.jit
-def _block_totals(
+def _process_block(
     pairs,
     i,
     mask,
@@ -227,8 +233,8 @@ def _block_totals(
     max_score,
     n,
     beta,
-    eps,
-    scale,
+    label_smoothing,
+    loss_scale,
     out,
     PER_PAIR: tl.constexpr,
     PAPER: tl.constexpr,
@@ -236,19 +242,19 @@ def _block_totals(
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Write the margins, the gradients and, with PER_PAIR, the losses of a block; return its totals [16]."""
-    r, _, chosen_side, rejected_side = pairs
-    chosen_logps, chosen_ratio, chosen_length = chosen_side
-    rejected_logps, rejected_ratio, rejected_length = rejected_side
+    """Write the margins, the gradients and, with PER_PAIR, the losses of a block of pairs; return its totals [16]."""
+    r, _, chosen_terms, rejected_terms = pairs
+    chosen_logps, chosen_ratio, chosen_length = chosen_terms
+    rejected_logps, rejected_ratio, rejected_length = rejected_terms
     h = _adaptive_margins(r, mu, sigma, input_scale, max_score, beta, PAPER, NORMALIZE, EXP, CLIP)
-    losses, weights = _pair_losses(r, h, eps)
+    losses, weights = _pair_losses(r, h, label_smoothing)
 
     tl.store(out.margins + i, h, mask=mask)
     if PER_PAIR:
         tl.store(out.loss + i, losses, mask=mask)
     if out.gradient is not None:
-        tl.store(out.gradient + i, -beta * scale * weights / chosen_length, mask=mask)
-        tl.store(out.gradient + n + i, beta * scale * weights / rejected_length, mask=mask)
+        tl.store(out.gradient + i, -beta * loss_scale * weights / chosen_length, mask=mask)
+        tl.store(out.gradient + n + i, beta * loss_scale * weights / rejected_length, mask=mask)
 
     # Totals 0 to 12 are the sums of these columns: the loss, and what the values of the summary are made of.
     columns = (
@@ -275,16 +281,16 @@ def _block_totals(
 
 @triton.jit
 def _add_totals(totals, more):
-    """Return the totals [16] of two disjoint sets of pairs together."""
+    """Combine the totals [16] of two sets of pairs."""
     return tl.where(tl.arange(0, 16) == MAX_MARGIN, tl.maximum(totals, more), totals + more)
 
 
 @triton.jit
-def _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR: tl.constexpr):
-    """Write the reduced loss, the summary, the statistics and the count, from the totals [16] of the whole batch."""
+def _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
+    """Write what describes the whole batch: the reduced loss, the summary, the statistics and the number of pairs."""
     k = tl.arange(0, 16)
     if not PER_PAIR:
-        tl.store(out.loss + k, scale * totals, mask=k == 0)
+        tl.store(out.loss + k, loss_scale * totals, mask=k == 0)
     num_correct = tl.sum(tl.where(k == NUM_CORRECT, totals, 0.0))
     margin_sum = tl.sum(tl.where(k == MARGIN_SUM, totals, 0.0))
     max_margin = tl.sum(tl.where(k == MAX_MARGIN, totals, 0.0))
@@ -298,7 +304,7 @@ def _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR: tl.constex
     summary = tl.where(k == SCORE_MEAN, mu.to(tl.float32), summary)
     summary = tl.where(k == SCORE_STD, sigma, summary)
     tl.store(out.summary_values + k - 1, summary, mask=k > 0)
-    tl.store(out.mean_and_std, mu)  # float64, so that supplying them to another batch gives the same margins there
+    tl.store(out.mean_and_std, mu)  # not rounded, so that a batch that is supplied with it gets the same margins
     tl.store(out.mean_and_std + 1, sigma.to(tl.float64))
     tl.store(out.num_pairs, count.to(tl.int64))
 
@@ -315,8 +321,8 @@ def _one_launch_kernel(
     out,
     n,
     beta,
-    eps,
-    scale,
+    label_smoothing,
+    loss_scale,
     PER_PAIR: tl.constexpr,
     PAPER: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -336,8 +342,8 @@ def _one_launch_kernel(
     sum1, sum2, max_score, input_scale = _partial_sums(pairs[0], pivot, pairs[1], mask)
     count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
     if MEAN_OVER_RANKS:
-        scale = scale / tl.maximum(count, 1.0).to(tl.float32)
-    totals = _block_totals(
+        loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
+    totals = _process_block(
         pairs,
         i,
         mask,
@@ -347,8 +353,8 @@ def _one_launch_kernel(
         max_score,
         n,
         beta,
-        eps,
-        scale,
+        label_smoothing,
+        loss_scale,
         out,
         PER_PAIR,
         PAPER,
@@ -356,7 +362,7 @@ def _one_launch_kernel(
         EXP,
         CLIP,
     )
-    _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR)
+    _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 @triton.jit
@@ -381,7 +387,7 @@ def _moments_kernel(chosen, rejected, beta_ptr, moments, n, beta, BLOCK: tl.cons
 
 @triton.jit
 def _statistics_kernel(chosen, rejected, beta_ptr, partials, done_counter, n, beta, BLOCK: tl.constexpr):
-    """Write the partial sums [4, P] of P programs and reset the counter: the first of two launches.
+    """Write the partial sums [4, P] of the P programs of this launch, the first of two, and reset the counter.
 
     This is a grid-stride loop: program p takes the blocks of pairs p, p + P, p + 2P, ...
     """
@@ -422,8 +428,8 @@ def _loss_kernel(
     out,
     n,
     beta,
-    eps,
-    scale,
+    label_smoothing,
+    loss_scale,
     num_partials,
     PER_PAIR: tl.constexpr,
     PAPER: tl.constexpr,
@@ -435,10 +441,10 @@ def _loss_kernel(
     MAX_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute everything from the partial sums [4, num_partials]: the second of two launches.
+    """Compute everything from the partial sums [4, num_partials] in a launch of Q programs, the second of two.
 
-    The loop is that of the first launch. Every program writes its totals to `program_totals` [P, 16], and the last one
-    to be done adds them up.
+    This is a grid-stride loop as in the first launch. Each program writes its totals to a row of `program_totals`
+    [Q, 16], and the last program to finish adds up the rows.
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
@@ -450,7 +456,7 @@ def _loss_kernel(
     input_scale = tl.max(tl.load(partials + 3 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
     count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
     if MEAN_OVER_RANKS:
-        scale = scale / tl.maximum(count, 1.0).to(tl.float32)
+        loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, 16)
@@ -459,7 +465,7 @@ def _loss_kernel(
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = i < n
-        block_totals = _block_totals(
+        block_totals = _process_block(
             _load_pairs(chosen, rejected, i, mask, beta),
             i,
             mask,
@@ -469,8 +475,8 @@ def _loss_kernel(
             max_score,
             n,
             beta,
-            eps,
-            scale,
+            label_smoothing,
+            loss_scale,
             out,
             PER_PAIR,
             PAPER,
@@ -493,7 +499,7 @@ def _loss_kernel(
             )
             rows = tl.where(row < num_programs, rows, no_pairs[None, :])
             totals = _add_totals(totals, tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0)))
-        _write_summary(totals, mu, sigma, count, n, scale, out, PER_PAIR)
+        _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 # The launch. The arguments are flat because the schema of a PyTorch operator asks for it.
@@ -524,14 +530,17 @@ def _launch(
     loss, gradient, margins, summary_values, mean_and_std, num_pairs = outputs
     out = Outputs(loss, gradient if with_gradient else None, margins, summary_values, mean_and_std, num_pairs)
     n = len(margins)
-    chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
-    rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
+    chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
+    rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
     num_ranks = 1 if rank_moments is None else len(rank_moments)
     statistics = Statistics(mean, std, rank_moments, num_ranks)
     mean_over_ranks = reduction == "mean" and rank_moments is not None
     # With ranks, the kernel divides by the number of pairs of all ranks, which only the device knows.
-    scale = num_ranks if mean_over_ranks else 1 / max(n, 1) if reduction == "mean" else 1
-    numbers = (n, beta, label_smoothing, float(scale))
+    if mean_over_ranks:
+        loss_scale = float(num_ranks)
+    else:
+        loss_scale = 1 / max(n, 1) if reduction == "mean" else 1.0
+    numbers = (n, beta, label_smoothing, loss_scale)
     constants = {
         "PER_PAIR": reduction == "none",
         "PAPER": paper,
@@ -598,8 +607,8 @@ def _launch_moments(
     beta: float,
 ) -> Tensor:
     """Return the moments [3] of the scores in float64: count, mean and M2."""
-    chosen = _side(chosen_logps, ref_chosen_logps, chosen_lengths)
-    rejected = _side(rejected_logps, ref_rejected_logps, rejected_lengths)
+    chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
+    rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
     out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
     with torch.cuda.device_of(chosen_logps):
         _moments_kernel[(1,)](
@@ -624,14 +633,14 @@ def _allocate_outputs(
     )
 
 
-def _side(
+def _responses(
     logps: Tensor,  # [n], like the two that follow
     ref: Tensor | None,
     lengths: Tensor | None,
-) -> Side:
+) -> Responses:
     ref_stride = 0 if ref is None else ref.stride(0)
     lengths_stride = 0 if lengths is None else lengths.stride(0)
-    return Side(logps, logps.stride(0), ref, ref_stride, lengths, lengths_stride)
+    return Responses(logps, logps.stride(0), ref, ref_stride, lengths, lengths_stride)
 
 
 # The operators and their gradient.
@@ -655,7 +664,7 @@ def _(chosen_logps: Tensor, *_: Any) -> Tensor:
 
 
 class _PairLoss(torch.autograd.Function):
-    """The operator under autograd. It has computed the gradient already, and backward only scales it."""
+    """The operator under autograd: forward computes the gradient as well, and backward only scales it."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -669,7 +678,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        no_gradients = (None,) * 18
+        no_gradients = (None,) * 18  # one for each argument of `_launch`
         if grad_output is None:
             return no_gradients
         gradient, *logps = ctx.saved_tensors
@@ -685,7 +694,10 @@ class _PairLoss(torch.autograd.Function):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The saved gradient times the gradient of the output. It depends on the log-probs, to refuse their second one."""
+    """The saved gradient times the gradient of the output.
+
+    The log-probs are inputs only so that a second derivative reaches this backward, which raises.
+    """
 
     @staticmethod
     def forward(
@@ -707,7 +719,7 @@ class _ScaledGradient(torch.autograd.Function):
         raise RuntimeError("backend='triton' has no second derivative: use backend='torch' for double backward")
 
 
-# What `amapo_loss` calls.
+# What `amapo_loss.functional` calls.
 
 
 class PairLossOutput(NamedTuple):
@@ -716,7 +728,7 @@ class PairLossOutput(NamedTuple):
     loss: Tensor  # 0-dim, or [n] with reduction="none"
     margins: Tensor  # [n]
     summary_values: Tensor  # [15]
-    mean: Tensor  # 0-dim float64: supplied, of all ranks if their moments are given, or of these pairs
+    mean: Tensor  # 0-dim float64: the supplied mean, else that of all ranks, else that of these pairs
     std: Tensor  # 0-dim float64, likewise
     num_pairs: Tensor  # 0-dim int64, of all ranks
 
@@ -756,7 +768,10 @@ def moments(pairs: Pairs, beta: float) -> Tensor:
 
 
 def _beta_arguments(beta: float, device: torch.device) -> tuple[Tensor | None, float]:
-    """Return `beta_tensor` and `beta`. Under torch.compile, a number would recompile for every new beta."""
+    """Return `beta_tensor` and `beta`.
+
+    Under torch.compile, beta is passed as a tensor, because a new Python number would recompile the graph.
+    """
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * beta, 1.0
     return None, beta

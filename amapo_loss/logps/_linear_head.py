@@ -1,18 +1,21 @@
 """A language-model head without its logits: matrix products with the weight, tile by tile, and their gradients.
 
-There are two ways, depending on which gradients are wanted.
+There are two algorithms, depending on which gradients are wanted. Their cost is counted in matrix products of the size
+n x V x H, which are all tiles together.
 
-- A *frozen* head (LoRA on the body, for example) takes blocks of tokens by the whole vocabulary. Forward computes the
-  gradient of a block as well, and backward only scales it: 2 matrix products in all.
-- A *trainable* head takes all tokens by blocks of the vocabulary, in forward and again in backward. Each block of the
-  weight's gradient is then one product, which is rounded once: 4 products, or 3 for the tiles that forward may keep. A
-  frozen head whose weight has to be converted takes this way, too, and converts one block at a time: 3 products.
+- A *frozen* head (LoRA on the body, for example) processes tiles of some tokens and the whole vocabulary. Forward
+  computes the gradient of the tile's hidden states as well, and backward only scales it. This costs 2 products.
+- A *trainable* head processes tiles of all tokens and a block of the vocabulary, in forward and again in backward. Each
+  block of the weight's gradient is then the product of a single tile, and is rounded once. This costs 4 products, or 3
+  for the tiles that forward may cache. A frozen head whose weight has to be converted also takes this algorithm,
+  because it converts one block of the weight at a time. That costs 3 products.
 
-Without gradients it is 1 product.
+Without gradients, the cost is 1 product.
 
-Products, and sums of products, are at least float32. If every tile's product were rounded to bfloat16, training would
-be biased, although the error of a single step looks the same. Each way is a PyTorch operator, which torch.compile does
-not look into, with an autograd function around it. Depends only on torch and `amapo_loss.logps._online_lse`.
+Products and sums of products are float32, or float64 for float64 inputs. If each tile's product were rounded to
+bfloat16, the rounding errors would bias training, although the error of a single step is not larger. Each algorithm is
+a PyTorch operator, which torch.compile does not look into, with an autograd function around it. Depends on torch, the
+argument checks and `amapo_loss.logps._online_lse`.
 """
 
 from math import log
@@ -46,7 +49,7 @@ def linear_logps(
     if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
         target_logit, lse_rest, *_ = _head_statistics(*arguments, 0)
         return _online_lse.token_logps(target_logit, lse_rest)
-    needs_conversion = not (weight.dtype == gemm_dtype == _to_gemm_dtype(hidden[:0], gemm_dtype).dtype)
+    needs_conversion = weight.dtype != gemm_dtype or _to_gemm_dtype(hidden[:0], gemm_dtype).dtype != gemm_dtype
     if trainable or needs_conversion:
         outputs = _TrainableHead.apply(*arguments, keep_bytes)
     else:
@@ -88,7 +91,7 @@ def _frozen_head(
     for block in _online_lse.blocks(len(x), block_n):
         block_state = state.select(block)
         z = _mm_out(tile[: block.stop - block.start], x[block], weight.t())
-        z = _online_lse.apply_transform(z, transform)
+        z = _online_lse.transform_unless_triton(z, transform)
         _online_lse.update(block_state, z, 0, transform)
         grad_z = _reinterpret_dtype(z, x.dtype)
         coefficients = _online_lse.gradient_coefficients(1.0, block_state, transform)
@@ -107,10 +110,10 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor,  # the arguments of _frozen_head
-        weight: Tensor,
-        target_ids: Tensor,
-        bias: Tensor | None,
+        hidden: Tensor,  # [n, H]
+        weight: Tensor,  # [V, H]
+        target_ids: Tensor,  # [n]
+        bias: Tensor | None,  # [V]
         gemm_dtype: torch.dtype,
         scale: float,
         softcap: float | None,
@@ -129,7 +132,8 @@ class _FrozenHead(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         (grad_hidden,) = ctx.saved_tensors
-        # Scaling in place would spoil a second backward pass through the same graph.
+        # With `out`, the result is rounded to the dtype of the hidden states without a float32 copy. It must be a new
+        # tensor, because a second backward pass through the same graph needs `grad_hidden` unscaled.
         scaled = torch.mul(grad_hidden, grad_output.unsqueeze(1), out=torch.empty_like(grad_hidden))
         return scaled, *(None,) * 6
 
@@ -148,31 +152,31 @@ def _head_statistics(
     softcap: float | None,
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return target_logit and lse_rest [n] of all rows, and the first k tiles for backward.
+    """Return target_logit [n], lse_rest [n], cached tiles [k, n, block_v] and their offsets [k, n].
 
-    A cached tile [n, block_v] holds exp(z_j - R) times the slope of the softcap, with a reference R [n] per tile.
+    The first k tiles are cached for backward, as exp(z_j - offset) times the derivative of the softcap.
     """
     _online_lse.check_target_ids(target_ids, len(weight))
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
     block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
     state = OnlineLSE.start(target_ids, acc_dtype)
-    cached_tiles, tile_lse = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
+    cached_tiles, cache_offsets = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
     ones, zeros = torch.ones_like(state.lse_rest), torch.zeros_like(state.lse_rest)
     tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
     for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
         block_transform = transform.columns(block)
         z = _mm_out(tile[:, : block.stop - block.start], x, _to_gemm_dtype(weight[block], gemm_dtype).t())
-        z = _online_lse.apply_transform(z, block_transform)
+        z = _online_lse.transform_unless_triton(z, block_transform)
         _online_lse.update(state, z, block.start, block_transform)
         if k < len(cached_tiles):
-            # Round the running log-sum-exp down to a multiple of ln 2, so that rescaling is by exact powers of two.
-            # Otherwise the rounding of a cached tile would depend on how many tiles came before it.
-            tile_lse[k] = state.lse_rest - state.lse_rest.remainder(log(2))
-            tile_state = state._replace(lse_rest=tile_lse[k])
+            # The offset is the running log-sum-exp, rounded down to a multiple of ln 2. With another tiling, a cached
+            # value then differs by a power of two, so that its rounding does not depend on the tiling.
+            cache_offsets[k] = state.lse_rest - state.lse_rest.remainder(log(2))
+            tile_state = state._replace(lse_rest=cache_offsets[k])
             cached_tile = cached_tiles[k, :, : z.shape[1]]
             _online_lse.write_gradient(cached_tile, z, tile_state, block.start, block_transform, (-ones, zeros))
-    return state.target_logit, state.lse_rest, cached_tiles, tile_lse
+    return state.target_logit, state.lse_rest, cached_tiles, cache_offsets
 
 
 @_head_statistics.register_fake
@@ -203,7 +207,7 @@ def _head_gradients(
     target_logit: Tensor,  # [n]
     lse_rest: Tensor,  # [n]
     cached_tiles: Tensor,  # [k, n, block_v]
-    tile_lse: Tensor,  # [k, n]
+    cache_offsets: Tensor,  # [k, n]
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -223,13 +227,13 @@ def _head_gradients(
         z, block_transform = tile[:, : block.stop - block.start], transform.columns(block)
         w, grad_z = _to_gemm_dtype(weight[block], gemm_dtype), _reinterpret_dtype(z, x.dtype)
         if k < len(cached_tiles):
-            rescaled = (a * torch.exp(tile_lse[k] - lse_rest), b)
+            rescaled = (a * torch.exp(cache_offsets[k] - lse_rest), b)
             cached_tile = cached_tiles[k, :, : z.shape[1]]
             _online_lse.write_gradient(
                 grad_z, cached_tile, state, block.start, block_transform, rescaled, z_is_exp=True
             )
         else:
-            z = _online_lse.apply_transform(_mm_out(z, x, w.t()), block_transform)
+            z = _online_lse.transform_unless_triton(_mm_out(z, x, w.t()), block_transform)
             _online_lse.write_gradient(grad_z, z, state, block.start, block_transform, (a, b))
         if needs_hidden:
             _addmm_out(grad_x, grad_z, w)
@@ -254,14 +258,14 @@ def _(
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Saves the hidden states, the log-sum-exp, and the tiles that forward may keep."""
+    """Saves the hidden states, the log-sum-exp, and the cached tiles."""
 
     @staticmethod
     def forward(
-        hidden: Tensor,  # the arguments of _head_statistics
-        weight: Tensor,
-        target_ids: Tensor,
-        bias: Tensor | None,
+        hidden: Tensor,  # [n, H]
+        weight: Tensor,  # [V, H]
+        target_ids: Tensor,  # [n]
+        bias: Tensor | None,  # [V]
         gemm_dtype: torch.dtype,
         scale: float,
         softcap: float | None,
@@ -284,9 +288,9 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
             return (None,) * 8
-        hidden, weight, target_ids, bias, *statistics = ctx.saved_tensors
+        hidden, weight, target_ids, bias, *saved = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = _head_gradients(grad_output, hidden, weight, target_ids, bias, *ctx.options, *statistics, *needed)
+        gradients = _head_gradients(grad_output, hidden, weight, target_ids, bias, *ctx.options, *saved, *needed)
         grad_hidden, grad_weight, grad_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
 
@@ -297,7 +301,7 @@ def _allocate_cache(
     gemm_dtype: torch.dtype,
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return memory for as many tiles [k, n, block_v], and their references [k, n], as fit into `keep_bytes`."""
+    """Return memory for as many cached tiles [k, n, block_v] and offsets [k, n] as fit into `keep_bytes`."""
     n, vocab_size, acc_dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden)
     block_v = _online_lse.block_length(vocab_size, n, hidden.device)
     tile_bytes = n * (block_v * gemm_dtype.itemsize + acc_dtype.itemsize)
@@ -324,10 +328,10 @@ def _allocate_gradients(
 
 
 def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:
-    """Return the tensor rounded to `gemm_dtype`, in the dtype that products with float32 accumulation need.
+    """Return the tensor rounded to `gemm_dtype`, the dtype of general matrix-matrix products (GEMM).
 
-    On a GPU this is `gemm_dtype` itself. Elsewhere it is at least float32, because a product of bfloat16 tensors would
-    round its result to bfloat16.
+    Where a GPU accumulates products of `gemm_dtype` in float32, the result has this dtype. Elsewhere a product of
+    bfloat16 tensors would round its result to bfloat16, so the rounded values are converted back to float32.
     """
     tensor = tensor.to(gemm_dtype)
     return tensor if _online_lse.uses_triton(tensor) else tensor.to(accumulation_dtype(tensor))
@@ -351,7 +355,7 @@ def _reinterpret_dtype(
     z: Tensor,  # [n, v]
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the memory of a tile as elements of `dtype` [n, v], which are of the same size or smaller."""
+    """Return a view [n, v] of a tile's memory as `dtype`, whose elements are of the same size or smaller."""
     return z.view(dtype)[:, : z.shape[1]]
 
 
@@ -361,7 +365,7 @@ def _reinterpret_dtype(
 class _GatherRows(torch.autograd.Function):
     """`index_select` for an index without duplicates.
 
-    Its backward copies each row once. That of `index_select` has to add, because there a row may be taken twice.
+    Its backward copies each row once. The backward of `index_select` adds rows, since an index may repeat there.
     """
 
     @staticmethod

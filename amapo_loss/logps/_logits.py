@@ -1,7 +1,7 @@
 """Log-probs from logits that exist already. The only new tensor of their size is their gradient.
 
 As in `amapo_loss.logps._linear_head`, the work is done in operators that torch.compile does not look into, with an
-autograd function around them. Depends only on torch and `amapo_loss.logps._online_lse`.
+autograd function around them. Depends on torch, the argument checks and `amapo_loss.logps._online_lse`.
 """
 
 from collections.abc import Iterable
@@ -89,8 +89,8 @@ class _LogitsLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor,  # the arguments of _logit_statistics
-        labels: Tensor,
+        logits: Tensor,  # [N, T, V]
+        labels: Tensor,  # [N, T]
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         target_logit, lse_rest = _logit_statistics(logits, labels, ignore_index)
@@ -108,8 +108,8 @@ class _LogitsLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
             return None, None, None
-        logits, labels, *statistics = ctx.saved_tensors
-        return _logit_gradient(grad_output, logits, labels, ctx.ignore_index, *statistics), None, None
+        logits, labels, *saved = ctx.saved_tensors
+        return _logit_gradient(grad_output, logits, labels, ctx.ignore_index, *saved), None, None
 
 
 def _target_ids(labels: Tensor, ignore_index: int) -> Tensor:
@@ -121,7 +121,7 @@ def _counted_blocks(
     state: OnlineLSE,
     logits: Tensor,  # [N, T, V]
 ) -> Iterable[Tensor]:
-    """Return blocks of the numbers of the rows that count; a block of rows by V columns makes a tile."""
+    """Return the indices of the rows that count, in blocks of as many rows as a tile has."""
     counted = (state.target_ids >= 0).nonzero().squeeze(1)
     block_n = _online_lse.block_length(len(state.target_ids), logits.shape[2], logits.device)
     blocks: Iterable[Tensor] = counted.split(block_n)
@@ -130,7 +130,7 @@ def _counted_blocks(
 
 def _copy_rows(
     logits: Tensor,  # [N, T, V]
-    rows: Tensor,  # [n] numbers below N * T
+    rows: Tensor,  # [n] indices below N * T
     dtype: torch.dtype,
 ) -> Tensor:
     """Return a copy [n, V] of some rows, which may be overwritten."""

@@ -1,4 +1,4 @@
-r"""The log-softmax of rows of logits, computed from one tile of vocabulary columns after the other, in plain PyTorch.
+r"""The log-softmax of rows of logits, computed tile by tile over the vocabulary, in plain PyTorch.
 
 For a row with logits z and target y, two numbers carry everything: the target's logit z_y, and the log-sum-exp of the
 rest, $L = \log \sum_{j \ne y} \exp z_j$. From them
@@ -10,8 +10,9 @@ Most tokens have p_y near 1 after training. A sum over the rest keeps the digits
 from 1 would lose them. On a GPU, `amapo_loss.kernels.online_lse` does the same in one pass over a tile. Depends only on
 torch and the kernels.
 
-A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. The functions that take a tile may
-overwrite it.
+A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. Callers make it of matrix products and
+pass it through `transform_unless_triton`. After that it holds logits, or still the products where Triton processes it,
+because its kernels apply the transform themselves. The functions that take a tile may overwrite it.
 """
 
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ from amapo_loss import kernels
 
 # Elements in a tile: enough for fast matrix products, and little beside what a model holds.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-BLOCK_MULTIPLE = 128  # blocks of rows and of columns have a multiple of this length, which matrix units are fastest at
-CPU_LSE_ROWS = 64  # rows whose log-sum-exp a CPU takes at once, because torch.logsumexp copies its input
+BLOCK_MULTIPLE = 128  # a block that is not the whole has a multiple of this length, which matrix units are fastest at
+CPU_LSE_ROWS = 64  # rows in one call of torch.logsumexp on a CPU, because it copies its input
 
 
 class OnlineLSE(NamedTuple):
@@ -39,9 +40,9 @@ class OnlineLSE(NamedTuple):
 
     @classmethod
     def start(cls, target_ids: Tensor, dtype: torch.dtype) -> "OnlineLSE":
-        """Return the state before the first column.
+        """Return the state before the first column. It gives log-prob 0 and gradient 0.
 
-        A row that does not count stays in it, with log-prob 0 and gradient 0.
+        Rows with the target -1 must stay in this state: the kernels skip them, and on a CPU the caller leaves them out.
         """
         empty_sum = torch.finfo(dtype).min  # not -inf, because -inf - -inf is NaN
         return cls(
@@ -56,7 +57,7 @@ class OnlineLSE(NamedTuple):
 
 
 class LogitTransform(NamedTuple):
-    """From matrix products to logits: z = cap(scale * (product + bias)), cap(x) = softcap * tanh(x / softcap)."""
+    """How logits follow from products: z = cap(scale * (product + bias)), cap(x) = softcap * tanh(x / softcap)."""
 
     bias: Tensor | None = None  # [v]
     scale: float = 1.0
@@ -75,7 +76,7 @@ def token_logps(
     target_logit: Tensor,  # [n]
     lse_rest: Tensor,  # [n]
 ) -> Tensor:
-    """Return log p_y [n]. An infinite logit gives NaN, as its softmax is undefined."""
+    """Return log p_y [n]. A target logit of infinity gives NaN, because its softmax is undefined."""
     return F.logsigmoid(target_logit - lse_rest).masked_fill(target_logit == inf, nan)
 
 
@@ -84,10 +85,9 @@ def gradient_coefficients(
     state: OnlineLSE,
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (a, b) [n] of each row's gradient: dz_j = -a exp(z_j - L) for j != y, and dz_y = b.
+    """Return the coefficients (a, b) [n] of each row's gradient with respect to the products x.
 
-    Here dz is the gradient with respect to the products, so that a contains the scale. The slope of the softcap is in
-    b; for the other columns, `write_gradient` multiplies exp(z_j - L) by it.
+    It is dx_j = -a exp(z_j - L) slope_j for j != y, and dx_y = b, where slope_j is the derivative of the softcap.
     """
     a = torch.sigmoid(state.lse_rest - state.target_logit) * grad_output * transform.scale
     return a, a * transform.slope(state.target_logit)
@@ -110,15 +110,15 @@ def check_target_ids(
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Return whether the kernels process tiles like this one."""
+    """Return whether Triton processes this tensor."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and kernels.HAS_TRITON
 
 
-def apply_transform(
+def transform_unless_triton(
     z: Tensor,  # [n, v] matrix products
     transform: LogitTransform,
 ) -> Tensor:
-    """Turn a tile of matrix products into logits, in place. The kernels do this themselves when they read a tile."""
+    """Turn a tile of matrix products into logits, in place. Leave it to the kernels where Triton processes the tile."""
     if uses_triton(z):
         return z
     if transform.bias is not None:
@@ -146,8 +146,8 @@ def update(
     tile_target_logit = z.gather(1, column).squeeze(1)
     state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
     z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
-    tile_lse = torch.cat([rows.logsumexp(1) for rows in z.split(CPU_LSE_ROWS)])
-    torch.logaddexp(state.lse_rest, tile_lse, out=state.lse_rest)
+    lse_of_tile = torch.cat([rows.logsumexp(1) for rows in z.split(CPU_LSE_ROWS)])
+    torch.logaddexp(state.lse_rest, lse_of_tile, out=state.lse_rest)
 
 
 def write_gradient(
@@ -159,10 +159,10 @@ def write_gradient(
     coefficients: tuple[Tensor, Tensor],  # (a, b) [n], see `gradient_coefficients`
     z_is_exp: bool = False,
 ) -> None:
-    """Write the gradient with respect to a tile of matrix products.
+    """Write the gradient with respect to a tile of matrix products, see `gradient_coefficients`.
 
-    With coefficients (-1, 0) the result is exp(z_j - L) times the slope of the softcap, which all gradients of the row
-    are made of. With `z_is_exp`, z holds that already.
+    With the coefficients (-1, 0) the result is exp(z_j - L) slope_j, from which every gradient of the row follows by
+    scaling. With `z_is_exp`, z holds that already.
     """
     if uses_triton(z):
         from amapo_loss.kernels import online_lse
@@ -188,21 +188,16 @@ def _target_columns(
     z: Tensor,  # [n, v]
     first_column: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return whether the tile contains each row's target [n], and a column to gather and scatter at [n, 1].
-
-    Where the tile does not contain the target, the column is any valid one.
-    """
+    """Return whether the tile contains each row's target [n], and the target's column, clamped into the tile [n, 1]."""
     column = target_ids - first_column
     return (column >= 0) & (column < z.shape[1]), column.clamp(0, z.shape[1] - 1).unsqueeze(1)
 
 
-# Block lengths. Under torch.compile a length may be a SymInt, which `min` and `max` would specialize on.
-
-
-def block_length(total: int, other: int, device: torch.device) -> int:
-    """Return the length of the blocks of `total` rows or columns: block x other is about `TILE_ELEMENTS`."""
+def block_length(total: int, other_length: int, device: torch.device) -> int:
+    """Return the length of blocks of `total` rows or columns, such that block x other_length is about TILE_ELEMENTS."""
+    # Under torch.compile a length may be a SymInt, on whose value `min` and `max` would specialize the graph.
     elements = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"])
-    multiples = torch.sym_max(elements // torch.sym_max(other, 1) // BLOCK_MULTIPLE, 1)
+    multiples = torch.sym_max(elements // torch.sym_max(other_length, 1) // BLOCK_MULTIPLE, 1)
     length: int = torch.sym_max(torch.sym_min(total, multiples * BLOCK_MULTIPLE), 1)
     return length
 
