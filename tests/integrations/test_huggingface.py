@@ -1,22 +1,32 @@
-"""Under real models of Hugging Face: the loss and every parameter's gradient are those through the logits."""
+"""Check on small Hugging Face models that hidden states give the same loss and gradients as logits."""
 
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from amapo_loss import amapo_loss, linear_sequence_logps, sequence_logps
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its own next version
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers announces changes of its own
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-MODELS: dict[
-    str, tuple[dict[str, Any], dict[str, Any]]
-] = {  # what else the configuration says, and what the head then needs to know
+IGNORE_INDEX = -100
+VOCAB_SIZE = 97
+CONFIG = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# For each model family, the entries that it adds to the configuration, and the options that its head then needs.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Llama": ({}, {}),
     "Qwen2": ({"tie_word_embeddings": True}, {}),
     "Gemma2": ({"final_logit_softcapping": 2.0}, {"final_logit_softcapping": 2.0}),
@@ -25,79 +35,89 @@ MODELS: dict[
 }
 
 
-def tiny(family: str) -> Any:
+def tiny_model(family: str) -> Any:
     torch.manual_seed(0)
-    options, _ = MODELS[family]
-    config = getattr(transformers, f"{family}Config")(**SIZES | options)
+    own_entries, _ = MODELS[family]
+    config = getattr(transformers, f"{family}Config")(**CONFIG | own_entries)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Two pairs, chosen answers first, of several lengths."""
+def make_batch() -> dict[str, Tensor]:
+    """Return two pairs of sequences of different lengths. The chosen answers come first."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 97, (4, 12), generator=generator)
-    lengths, prompts = torch.tensor([12, 9, 10, 7]), torch.tensor([4, 3, 4, 3])
-    place = torch.arange(12)
-    mask = (place < lengths[:, None]).long()
-    labels = ids.masked_fill((place < prompts[:, None]) | (mask == 0), -100)
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    input_ids = torch.randint(3, VOCAB_SIZE, (4, 12), generator=generator)
+    lengths, prompt_lengths = torch.tensor([12, 9, 10, 7]), torch.tensor([4, 3, 4, 3])
+    position = torch.arange(12)
+    mask = (position < lengths[:, None]).long()
+    labels = input_ids.masked_fill((position < prompt_lengths[:, None]) | (mask == 0), IGNORE_INDEX)
+    return {"input_ids": input_ids * mask, "attention_mask": mask, "labels": labels}
 
 
-def gradients(model: Any, logps: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: Any,
+    logps: Tensor,  # [4]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss, and its gradient with respect to each trainable parameter."""
     loss = amapo_loss(*logps.chunk(2), beta=2.0).loss
-    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    return loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss, dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values()))))
 
 
-def through_logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    tokens: torch.Tensor = (
-        logits[:, :-1].log_softmax(-1).gather(2, inputs["labels"][:, 1:, None].clamp(min=0)).squeeze(2)
-    )
-    counted = inputs["labels"][:, 1:] != -100
-    logps = (tokens * counted).sum(1) / counted.sum(1)
-    torch.testing.assert_close(sequence_logps(logits, inputs["labels"]), logps)
+def logps_from_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the log-probs [4] by `log_softmax` and `gather`, and check `sequence_logps` against them."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
+    token_logps: Tensor = logits[:, :-1].log_softmax(-1).gather(2, labels[..., None].clamp(min=0)).squeeze(2)
+    counted = labels != IGNORE_INDEX
+    logps = (token_logps * counted).sum(1) / counted.sum(1)
+    torch.testing.assert_close(sequence_logps(logits, batch["labels"]), logps)
     return logps
 
 
-def through_hidden(body: Any, weight: torch.Tensor, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-    hidden: torch.Tensor = body(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-    ).last_hidden_state
-    return linear_sequence_logps(hidden, weight, inputs["labels"], **options)
+def logps_from_hidden_states(
+    decoder: Any,  # the model without its head
+    weight: Tensor,  # [V, H]
+    batch: dict[str, Tensor],
+    **options: Any,
+) -> Tensor:
+    """Return the log-probs [4] by `linear_sequence_logps`."""
+    output = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return linear_sequence_logps(output.last_hidden_state, weight, batch["labels"], **options)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10**6])
 @pytest.mark.parametrize("family", MODELS)
-def test_the_same_loss_and_gradients(family: str, keep_bytes: int) -> None:
-    model, inputs = tiny(family), batch()
+def test_hidden_states_give_the_loss_and_gradients_of_logits(family: str, keep_bytes: int) -> None:
+    model, batch = tiny_model(family), make_batch()
     _, options = MODELS[family]
-    logps = through_hidden(model.model, model.lm_head.weight, inputs, keep_bytes=keep_bytes, **options)
-    expected = gradients(model, through_logits(model, inputs))
-    torch.testing.assert_close(gradients(model, logps), expected, rtol=1e-4, atol=1e-6)
+    logps = logps_from_hidden_states(model.model, model.lm_head.weight, batch, keep_bytes=keep_bytes, **options)
+    expected = loss_and_gradients(model, logps_from_logits(model, batch))
+    torch.testing.assert_close(loss_and_gradients(model, logps), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
-def test_lora(targets: list[str]) -> None:
-    """On the body, with a frozen head; and on the head, whose weight then is a function of what is trained."""
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_lora_gets_the_gradients_of_logits(target_modules: list[str]) -> None:
+    """An adapter on the decoder leaves the head frozen. With one on the head, the weight depends on the adapter."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-    model, inputs = peft.get_peft_model(tiny("Llama"), config), batch()
+    config = peft.LoraConfig(r=4, target_modules=target_modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    model, batch = peft.get_peft_model(tiny_model("Llama"), config), make_batch()
     model.eval()
-    causal = model.get_base_model()
-    weight = causal.lm_head.weight
-    if "lm_head" in targets:
-        weight = weight + causal.lm_head.get_delta_weight("default")
-    assert weight.requires_grad == ("lm_head" in targets)
-    got = gradients(model, through_hidden(causal.model, weight, inputs))
-    assert all("lora" in name for name in got[1])
-    torch.testing.assert_close(got, gradients(model, through_logits(model, inputs)), rtol=1e-4, atol=1e-6)
+    base_model = model.get_base_model()
+    weight = base_model.lm_head.weight
+    if "lm_head" in target_modules:
+        weight = weight + base_model.lm_head.get_delta_weight("default")
+    assert weight.requires_grad == ("lm_head" in target_modules)
+    actual = loss_and_gradients(model, logps_from_hidden_states(base_model.model, weight, batch))
+    _, gradients = actual
+    assert all("lora" in name for name in gradients)
+    expected = loss_and_gradients(model, logps_from_logits(model, batch))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_checkpointing() -> None:
-    model, inputs = tiny("Llama"), batch()
-    expected = gradients(model, through_hidden(model.model, model.lm_head.weight, inputs))
+def test_gradient_checkpointing_does_not_change_the_gradients() -> None:
+    model, batch = tiny_model("Llama"), make_batch()
+    expected = loss_and_gradients(model, logps_from_hidden_states(model.model, model.lm_head.weight, batch))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    got = gradients(model, through_hidden(model.model, model.lm_head.weight, inputs))
-    torch.testing.assert_close(got, expected)
+    actual = loss_and_gradients(model, logps_from_hidden_states(model.model, model.lm_head.weight, batch))
+    torch.testing.assert_close(actual, expected)

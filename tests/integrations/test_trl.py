@@ -1,4 +1,4 @@
-"""TRL's real trainer on a tiny Llama, a byte-level tokenizer and pairs made here."""
+"""Check `AMaPOTrainer` in TRL's real training loop, with a tiny Llama, a byte-level tokenizer and generated pairs."""
 
 import json
 import os
@@ -10,31 +10,53 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, ScoreWindow, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, amapo_loss
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of theirs there are many
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies raise many warnings about themselves
 
-
+# These modules import TRL, so they must come after the lines that skip this file where TRL is not installed.
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
-from benchmarks.speed import trainer as steps  # noqa: E402
-from tests.support.trl import pairs, tiny_llama, trainer  # noqa: E402
+from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
+from tests.support.trl import make_trainer, pairs, tiny_llama  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
-def by_hand(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of log-probs, and lengths, of a collated batch: chosen answers, then rejected ones."""
+def summed_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the summed log-prob and the length of each response [2B] of a collated batch, the chosen ones first."""
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    tokens = logits[:, :-1].double().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+    token_logps = logits[:, :-1].double().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
     counted = batch["completion_mask"][:, 1:]
-    return (tokens * counted).sum(1).float(), counted.sum(1)
+    return (token_logps * counted).sum(1).float(), counted.sum(1)
 
 
-def first_batch(of: Any) -> dict[str, torch.Tensor]:
-    return dict(next(iter(of.get_train_dataloader())))
+def expected_output(
+    model: Any,
+    batch: dict[str, Tensor],
+    ref_model: Any = None,
+    length_average: bool = True,
+    **options: Any,
+) -> AMaPOOutput:
+    """Return what `amapo_loss` gives for a collated batch, with log-probs from the logits of the model."""
+    sums, lengths = summed_logps(model, batch)
+    ref_sums = () if ref_model is None else summed_logps(ref_model, batch)[0].chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2) if length_average else (None, None)
+    return amapo_loss(
+        *sums.chunk(2),
+        *ref_sums,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        **options,
+    )
+
+
+def first_batch(dataloader: Any) -> dict[str, Tensor]:
+    return dict(next(iter(dataloader)))
 
 
 @pytest.mark.parametrize(
@@ -48,249 +70,270 @@ def first_batch(of: Any) -> dict[str, torch.Tensor]:
         {"sft_weight": 0.3},
     ],
 )
-def test_the_loss_of_step_one_is_that_of_amapo_loss(tmp_path: Path, options: dict[str, Any]) -> None:
-    run = trainer(tmp_path, max_steps=1, **options)
-    batch = first_batch(run)
-    sums, lengths = by_hand(run.model, batch)
-    chosen, rejected = sums.chunk(2)
-    chosen_lengths, rejected_lengths = lengths.chunk(2) if options.get("length_average", True) else (None, None)
-    margin = AdaptiveMargin(
-        **{name: options[name] for name in ("formula", "normalize", "scaling", "clip") if name in options}
+def test_the_first_step_has_the_loss_and_the_summary_of_amapo_loss(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    batch = first_batch(trainer.get_train_dataloader())
+    margin_options = ("formula", "normalize", "scaling", "clip")
+    loss, diagnostics = expected_output(
+        trainer.model,
+        batch,
+        length_average=options.get("length_average", True),
+        margin=AdaptiveMargin(**{name: options[name] for name in margin_options if name in options}),
+        beta=options.get("beta", 2.0),
+        label_smoothing=options.get("label_smoothing", 0.0),
     )
-    loss, diagnostics = amapo_loss(
-        chosen, rejected, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, margin=margin,
-        beta=options.get("beta", 2.0), label_smoothing=options.get("label_smoothing", 0.0),
-    )  # fmt: skip
-    loss = loss - options.get("sft_weight", 0.0) * chosen.sum() / lengths.chunk(2)[0].sum()
-    run.train()
-    logged = run.state.log_history[0]
-    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    (chosen_sums, _), (chosen_lengths, _) = (x.chunk(2) for x in summed_logps(trainer.model, batch))
+    sft_loss = -chosen_sums.sum() / chosen_lengths.sum()
+    loss = loss + options.get("sft_weight", 0.0) * sft_loss
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, value in diagnostics.summary().items():
-        assert logged[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
-    assert {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen"} <= logged.keys()
+        assert log[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+    assert {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen"} <= log.keys()
 
 
-def test_no_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is built, kept or run; nor is there a second forward pass."""
-    import trl.trainer.dpo_trainer as theirs
+def test_without_a_reference_there_is_no_second_model_and_no_second_forward_pass(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import trl.trainer.dpo_trainer
 
-    monkeypatch.setattr(theirs, "create_model_from_path", lambda *_, **__: pytest.fail("builds a model"))
-    run = trainer(tmp_path)
-    assert run.ref_model is None
-    calls = []
-    run.model.model.register_forward_hook(lambda *_: calls.append(1))
-    run.train()
-    assert len(calls) == 2  # steps
-
-
-def test_trains(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=30, per_device_train_batch_size=8)
-    run.train()
-    history = [log for log in run.state.log_history if "loss" in log]
-    assert history[-1]["rewards/margins"] > history[0]["rewards/margins"] + 0.5
-
-
-def test_with_a_reference(tmp_path: Path) -> None:
-    """Given, found under the adapter, and computed before: DPO's score, on averages or sums."""
-    reference = tiny_llama(seed=7)
-    run = trainer(tmp_path, ref_model=reference, reference_free=False, max_steps=1, beta=0.5)
-    batch = first_batch(run)
-    (sums, lengths), (ref_sums, _) = by_hand(run.model, batch), by_hand(reference, batch)
-    expected = amapo_loss(
-        *sums.chunk(2),
-        *ref_sums.chunk(2),
-        chosen_lengths=lengths.chunk(2)[0],
-        rejected_lengths=lengths.chunk(2)[1],
-        beta=0.5,
+    monkeypatch.setattr(
+        trl.trainer.dpo_trainer,
+        "create_model_from_path",
+        lambda *_, **__: pytest.fail("the trainer builds a second model"),
     )
-    run.train()
-    assert run.state.log_history[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
-    assert run.state.log_history[0]["amapo/score_std"] == pytest.approx(
-        expected.diagnostics.statistics.std.item(), rel=1e-3
-    )
+    trainer = make_trainer(tmp_path)
+    assert trainer.ref_model is None
+    forward_passes = []
+    trainer.model.model.register_forward_hook(lambda *_: forward_passes.append(1))
+    trainer.train()
+    assert len(forward_passes) == 2, "the number of steps"
 
-    before = trainer(
-        tmp_path, ref_model=reference, reference_free=False, max_steps=1, beta=0.5, precompute_ref_log_probs=True
-    )
-    before.train()
-    assert before.state.log_history[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+
+def test_training_increases_the_reward_margins(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=30, per_device_train_batch_size=8)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 0.5
+
+
+def test_a_reference_model_gives_the_dpo_score_precomputed_or_not(tmp_path: Path) -> None:
+    ref_model = tiny_llama(seed=7)
+    options = {"ref_model": ref_model, "reference_free": False, "max_steps": 1, "beta": 0.5}
+    trainer = make_trainer(tmp_path, **options)
+    batch = first_batch(trainer.get_train_dataloader())
+    loss, diagnostics = expected_output(trainer.model, batch, ref_model, beta=0.5)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert log["amapo/score_std"] == pytest.approx(diagnostics.statistics.std.item(), rel=1e-3)
+
+    precomputing_trainer = make_trainer(tmp_path, **options, precompute_ref_log_probs=True)
+    precomputing_trainer.train()
+    assert precomputing_trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("reference_free", [True, False])
-def test_lora(tmp_path: Path, reference_free: bool) -> None:
+def test_lora_trains_only_the_adapter(tmp_path: Path, reference_free: bool) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    run = trainer(tmp_path, peft_config=config, reference_free=reference_free, max_steps=3, learning_rate=1e-2)
-    before = {name: x.clone() for name, x in run.model.named_parameters()}
-    run.train()
-    changed = {name for name, x in run.model.named_parameters() if not torch.equal(x, before[name])}
+    trainer = make_trainer(tmp_path, peft_config=config, reference_free=reference_free, max_steps=3, learning_rate=1e-2)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed
     assert all("lora" in name for name in changed)
     assert all("ref" not in name for name in before)
-    first = run.state.log_history[0]
-    if not reference_free:  # the adapter starts as nothing: policy and reference agree
-        assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    if not reference_free:
+        # The reference is the model without its adapter. A new adapter changes nothing, so all scores start at 0.
+        assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_evaluates(tmp_path: Path) -> None:
-    """On this batch's own statistics; training's window neither counts nor changes."""
-    run = trainer(tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=8, statistics_window=16)
-    expected_sums, lengths = by_hand(run.model, dict(next(iter(run.get_eval_dataloader()))))
-    expected = amapo_loss(
-        *expected_sums.chunk(2), chosen_lengths=lengths.chunk(2)[0], rejected_lengths=lengths.chunk(2)[1]
-    )
-    metrics = run.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
-    assert run.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(
-        expected.diagnostics.summary()["rewards/margins"].item(), rel=1e-3
-    )
-    assert run.window.seen == 0
-    run.train()
-    assert run.window.seen == 8
+def test_evaluation_takes_the_statistics_of_its_own_batch(tmp_path: Path) -> None:
+    """Evaluation neither uses nor changes the window of the training scores."""
+    trainer = make_trainer(tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=8, statistics_window=16)
+    loss, diagnostics = expected_output(trainer.model, first_batch(trainer.get_eval_dataloader()))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    reward_margin = diagnostics.summary()["rewards/margins"].item()
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(reward_margin, rel=1e-3)
+    assert trainer.window.seen == 0
+    trainer.train()
+    assert trainer.window.seen == 8
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_a_resumed_run_goes_on_bitwise(tmp_path: Path, window: int | None) -> None:
+def test_a_resumed_run_continues_bitwise(tmp_path: Path, window: int | None) -> None:
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "statistics_window": window}
-    whole = trainer(tmp_path / "whole", **options)
-    whole.train()
-    resumed = trainer(tmp_path / "whole", tiny_llama(seed=9), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, x), y in zip(whole.model.named_parameters(), resumed.model.parameters()):
-        assert torch.equal(x, y), name
+    checkpoint = tmp_path / "checkpoint-2"
+    uninterrupted = make_trainer(tmp_path, **options)
+    uninterrupted.train()
+    resumed = make_trainer(tmp_path, tiny_llama(seed=9), **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for (name, expected), actual in zip(uninterrupted.model.named_parameters(), resumed.model.parameters()):
+        assert torch.equal(actual, expected), name
     if window:
-        assert torch.equal(whole.window.scores, resumed.window.scores)
-        assert whole.window.seen == resumed.window.seen == 16
-        (tmp_path / "whole" / "checkpoint-2" / "score_window.pt").unlink()  # and it matters
-        other = trainer(tmp_path / "whole", tiny_llama(seed=9), **options)
-        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-        assert not torch.equal(whole.model.lm_head.weight, other.model.lm_head.weight)
+        assert torch.equal(uninterrupted.window.scores, resumed.window.scores)
+        assert uninterrupted.window.seen == resumed.window.seen == 16
+        # Without the file of the window, the run must go on differently. Otherwise this test would show nothing.
+        (checkpoint / "score_window.pt").unlink()
+        resumed_without_window = make_trainer(tmp_path, tiny_llama(seed=9), **options)
+        resumed_without_window.train(resume_from_checkpoint=str(checkpoint))
+        assert not torch.equal(uninterrupted.model.lm_head.weight, resumed_without_window.model.lm_head.weight)
 
 
-def test_gradient_accumulation(tmp_path: Path) -> None:
-    """The mean of the micro-batches; with a window their statistics are those of what came before, too."""
-    for window in (None, 8):
-        run = trainer(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=3,
-                      statistics_window=window)  # fmt: skip
-        remembered, losses = None if window is None else ScoreWindow(window), []
-        for batch, _ in zip(run.get_train_dataloader(), range(3)):
-            sums, lengths = by_hand(run.model, dict(batch))
-            losses.append(amapo_loss(
-                *sums.chunk(2), chosen_lengths=lengths.chunk(2)[0], rejected_lengths=lengths.chunk(2)[1],
-                statistics=remembered,
-            ).loss.item())  # fmt: skip
-        run.train()
-        assert run.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+def test_gradient_accumulation_takes_the_mean_loss_of_the_micro_batches(tmp_path: Path) -> None:
+    """With a window, the statistics of a micro-batch contain the scores of the micro-batches before it."""
+    for size in (None, 8):
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            statistics_window=size,
+        )
+        window = None if size is None else ScoreWindow(size)
+        losses = [
+            expected_output(trainer.model, dict(batch), statistics=window).loss.item()
+            for batch, _ in zip(trainer.get_train_dataloader(), range(3))
+        ]
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
 
 
-RANK = """
-import json, sys
+DISTRIBUTED_RUN = """
+import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.support.trl import trainer
+from tests.support.trl import make_trainer
 import torch
-run = trainer(Path({folder!r}), max_steps=3, statistics_window=12, ddp_backend="gloo")
-run.train()
-if run.accelerator.is_main_process:
-    torch.save((run.state.log_history, run.model.state_dict()), {folder!r} + "/ranks.pt")
+trainer = make_trainer(Path({folder!r}), max_steps=3, statistics_window=12, ddp_backend="gloo")
+trainer.train()
+if trainer.accelerator.is_main_process:
+    torch.save((trainer.state.log_history, trainer.model.state_dict()), {folder!r} + "/result.pt")
 """
 
 
-def test_two_processes_are_one_with_both_their_batches(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    script = tmp_path / "rank.py"
-    script.write_text(RANK.format(root=root, folder=str(tmp_path)))
+def test_two_processes_train_like_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "distributed_run.py"
+    script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path)))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    history, weights = torch.load(tmp_path / "ranks.pt", weights_only=False)
-    one = trainer(tmp_path / "one", max_steps=3, statistics_window=12, per_device_train_batch_size=8)
-    one.train()
-    for got, expected in zip(history[:3], one.state.log_history[:3]):
-        for name in (
-            "loss",
-            "rewards/margins",
-            "amapo/score_mean",
-            "amapo/score_std",
-            "amapo/margin_mean",
-            "grad_norm",
-        ):
-            assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
-    for name, x in one.model.state_dict().items():
-        torch.testing.assert_close(weights[name], x, rtol=1e-3, atol=1e-5)
+    logs, state_dict = torch.load(tmp_path / "result.pt", weights_only=False)
+    single = make_trainer(tmp_path / "single", max_steps=3, statistics_window=12, per_device_train_batch_size=8)
+    single.train()
+    compared = (
+        "loss",
+        "rewards/margins",
+        "amapo/score_mean",
+        "amapo/score_std",
+        "amapo/margin_mean",
+        "grad_norm",
+    )
+    for actual, expected in zip(logs[:3], single.state.log_history[:3]):
+        for name in compared:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    for name, parameter in single.model.state_dict().items():
+        torch.testing.assert_close(state_dict[name], parameter, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": ["ipo"]}, "loss_type is of DPO's other losses: leave it at ['sigmoid'], got ['ipo']"),
-        ({"use_weighting": True}, "use_weighting is of DPO's other losses: leave it at False, got True"),
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is of a reference, and reference_free is on"),
-        ({"sync_ref_model": True}, "sync_ref_model is of a reference, and reference_free is on"),
-        ({"formula": "papers"}, "formula must be 'paper' or 'released', got 'papers'"),
+        (
+            {"loss_type": ["ipo"]},
+            "loss_type belongs to another loss of DPOTrainer: leave it at ['sigmoid'], got ['ipo']",
+        ),
+        ({"use_weighting": True}, "use_weighting belongs to another loss of DPOTrainer: leave it at False, got True"),
+        (
+            {"precompute_ref_log_probs": True},
+            "precompute_ref_log_probs needs a reference model, and reference_free is True",
+        ),
+        ({"sync_ref_model": True}, "sync_ref_model needs a reference model, and reference_free is True"),
+        ({"formula": "papers"}, "formula must be one of 'paper', 'released', got 'papers'"),
         ({"beta": 0.0}, "beta must be > 0 and finite, got 0.0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be >= 0 and < 0.5, got 0.5"),
         ({"sft_weight": -1.0}, "sft_weight must be >= 0 and finite, got -1.0"),
         ({"statistics_window": 0}, "statistics_window must be at least 1, got 0"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_the_config_rejects_unused_options_and_values_out_of_range(
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         AMaPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_what_the_trainer_refuses(tmp_path: Path) -> None:
+def test_the_trainer_rejects_an_unused_reference_model_and_another_config(tmp_path: Path) -> None:
     from trl import DPOConfig
 
-    with pytest.raises(ValueError, match="ref_model was given, and reference_free is on"):
-        trainer(tmp_path, ref_model=tiny_llama(1))
+    with pytest.raises(ValueError, match="ref_model was given, but reference_free is True"):
+        make_trainer(tmp_path, ref_model=tiny_llama(1))
     with pytest.raises(TypeError, match="args must be an AMaPOConfig, got DPOConfig"):
-        trainer(tmp_path, config=DPOConfig)
+        make_trainer(tmp_path, config_class=DPOConfig)
 
 
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [("1.15.2", "needs trl>=1.16,<1.17, found 1.15.2"), ("1.17.0", "found 1.17.0"), (None, "needs TRL: `pip install")],
-)
-def test_another_version_of_trl_is_refused(found: str | None, message: str) -> None:
-    code = f"""
-import importlib.metadata as metadata
+IMPORT_WITH_ANOTHER_VERSION = """
+from importlib import metadata
+installed = {installed!r}
 def version(name):
-    if {found!r} is None:
+    if installed is None:
         raise metadata.PackageNotFoundError(name)
-    return {found!r}
+    return installed
 metadata.version = version
 try:
     import amapo_loss.trl
 except ImportError as error:
     print(error)
 """
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        ("1.15.2", "needs trl>=1.16,<1.17, found 1.15.2"),
+        ("1.17.0", "found 1.17.0"),
+        (None, "needs TRL: run `pip install"),
+    ],
+)
+def test_importing_with_another_version_of_trl_raises(installed: str | None, message: str) -> None:
+    code = IMPORT_WITH_ANOTHER_VERSION.format(installed=installed)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert message in result.stdout
 
 
-def test_reads_the_command_line(tmp_path: Path) -> None:
-    line = (
+def test_the_config_can_be_parsed_from_a_command_line(tmp_path: Path) -> None:
+    command_line = (
         f"--output_dir {tmp_path} --formula released --reference_free false --statistics_window 64 --use_cpu --bf16 no"
     )
-    (args,) = transformers.HfArgumentParser(AMaPOConfig).parse_args_into_dataclasses(line.split())
+    (args,) = transformers.HfArgumentParser(AMaPOConfig).parse_args_into_dataclasses(command_line.split())
     assert args.margin == AdaptiveMargin(formula="released")
     assert (args.reference_free, args.statistics_window, args.beta) == (False, 64, 2.0)
     assert json.loads(args.to_json_string())["formula"] == "released"
 
 
-def test_the_benchmark_of_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_benchmark_of_a_training_step_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "trainer.json"
-    small = {"rounds": 1, "steps": 3, "batch-size": 2, "vocabulary": 258, "width": 32, "layers": 1, "out": out}
-    monkeypatch.setattr(sys, "argv", ["trainer", *(f"--{name}={value}" for name, value in small.items())])
+    options = {"rounds": 1, "steps": 3, "batch-size": 2, "vocabulary": 258, "width": 32, "layers": 1, "out": out}
+    monkeypatch.setattr(sys, "argv", ["trainer", *(f"--{name}={value}" for name, value in options.items())])
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    steps.main()
+    trainer_benchmark.main()
     rows = json.loads(out.read_text())["rows"]
-    assert [row["trainer"] for row in rows] == list(steps.KINDS)
+    assert [row["trainer"] for row in rows] == list(trainer_benchmark.TRAINERS)
     assert rows[0]["ratio"] == 1
     assert rows[1]["peak_mb"] == pytest.approx(rows[0]["peak_mb"], rel=0.02)
     assert "AMaPOTrainer, window" in capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""From hidden states to log-probs without the logits, against autograd through the logits in float64."""
+"""Check the log-probs from hidden states against autograd through the logits in float64."""
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -19,25 +20,29 @@ from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, tiled
 from tests.support.ranks import on_ranks
 
-Tensor = torch.Tensor
-IGNORED = -100
+IGNORE_INDEX = -100
+
+# Each string names the tensors that require a gradient. `random_head` makes a bias only if the string names it.
+WITH_GRADIENTS = ["hidden", "hidden weight", "weight", "hidden bias", "bias", "hidden weight bias"]
+WITHOUT_GRADIENTS = ""
 
 
 class Head(NamedTuple):
-    """Its inputs, and how they become logits."""
+    """The hidden states before a language-model head, its parameters, and the transform of its logits."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
+    hidden: Tensor  # [N, T, H] or [n, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
+        """The tensors that require a gradient."""
         return [x for x in self[:3] if isinstance(x, Tensor) and x.requires_grad]
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> "Head":
-        """A copy, with leaves of its own."""
+        """Return a copy whose tensors are leaves of their own."""
 
         def copy(x: Tensor) -> Tensor:
             return x.detach().to(device, dtype).requires_grad_(x.requires_grad)
@@ -46,172 +51,292 @@ class Head(NamedTuple):
         return self._replace(hidden=copy(self.hidden), weight=copy(self.weight), bias=bias)
 
     def logits(self) -> Tensor:
-        return self.finished(self.hidden @ self.weight.T)
+        return self.transform(self.hidden @ self.weight.T)
 
-    def finished(self, product: Tensor) -> Tensor:
-        z = (product if self.bias is None else product + self.bias) * self.scale
+    def transform(self, products: Tensor) -> Tensor:
+        """Return the logits of the products `hidden @ weight.T`."""
+        z = (products if self.bias is None else products + self.bias) * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def sequence_logps(self, labels: Tensor, **options: Any) -> Tensor:
-        """Of the package."""
+        """Return the result of the function under test."""
         return linear_sequence_logps(
-            self.hidden, self.weight, labels, self.bias, logit_scale=self.scale,
-            final_logit_softcapping=self.softcap, **options,
-        )  # fmt: skip
+            self.hidden,
+            self.weight,
+            labels,
+            self.bias,
+            logit_scale=self.scale,
+            final_logit_softcapping=self.softcap,
+            **options,
+        )
 
 
-def naive(logits: Tensor, labels: Tensor, average: bool = True, shift: bool = True) -> Tensor:
+def reference_logps(
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    average: bool = True,
+    shift: bool = True,
+) -> Tensor:
+    """Return the log-prob of each sequence [N] by `log_softmax` and `gather`."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
-    tokens = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
-    return tokens.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
+    counted = labels != IGNORE_INDEX
+    token_logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
+    return token_logps.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
 
 
-def gradients(outputs: Tensor, head: Head, upstream: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(outputs, head.leaves, upstream.to(outputs), retain_graph=True))
+def gradients(output: Tensor, head: Head, grad_output: Tensor) -> list[Tensor]:
+    """Return the gradients of the leaves of the head. The graph stays for another backward pass."""
+    return list(torch.autograd.grad(output, head.leaves, grad_output.to(output), retain_graph=True))
 
 
-def random_head(n: int, length: int, width: int, vocabulary: int, needs: str, seed: int = 0) -> Head:
-    """Float64, with gradients for those of "hidden weight bias" that `needs` names; no bias unless it says so."""
+def random_head(n: int, length: int, hidden_size: int, vocab_size: int, requires_grad: str, seed: int = 0) -> Head:
+    """Return a head in float64 with hidden states [n, length, H]. It has a bias only if `requires_grad` names it."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"hidden": (n, length, width), "weight": (vocabulary, width), "bias": (vocabulary,)}
+    shapes = {"hidden": (n, length, hidden_size), "weight": (vocab_size, hidden_size), "bias": (vocab_size,)}
     hidden, weight, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(name in needs.split())
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(name in requires_grad.split())
         for name, shape in shapes.items()
     )
-    return Head(hidden, weight, bias if "bias" in needs else None)
+    return Head(hidden, weight, bias if "bias" in requires_grad else None)
 
 
-def random_labels(n: int, length: int, vocabulary: int, ignored: float = 0.4, seed: int = 0) -> Tensor:
+def random_labels(n: int, length: int, vocab_size: int, ignored_share: float = 0.4, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(vocabulary, (n, length), generator=generator)
-    labels[torch.rand(n, length, generator=generator) < ignored] = IGNORED
+    labels = torch.randint(vocab_size, (n, length), generator=generator)
+    labels[torch.rand(n, length, generator=generator) < ignored_share] = IGNORE_INDEX
     return labels
 
 
-class Rounding(NamedTuple):
-    """How far roundings to a dtype may take a log-prob and, elementwise, each of the gradients."""
+def confident_head(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    shared_mean: float,
+    requires_grad: str,
+) -> tuple[Head, Tensor]:
+    """Return a head and its targets [num_tokens], most of which have a probability above 0.99.
 
-    of_logps: float
-    of_gradients: list[Tensor]
+    The rows of the weight share a mean, as those of trained models do. The mean is about `shared_mean` times as large
+    as the deviations from it. All numbers are float64 and can be converted to bfloat16 without rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=generator, dtype=torch.float64)
+    weight = (0.04 * (randn(vocab_size, hidden_size) + shared_mean * randn(1, hidden_size))).bfloat16().double()
+    target_ids = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    # The noise gives the logits a standard deviation of 2.3. It is orthogonal to the mean of the rows, because a
+    # component along the mean would shift all logits of a token alike.
+    noise, mean = randn(num_tokens, hidden_size) * (2.3 / (0.04 * hidden_size**0.5)), weight.mean(0)
+    noise -= (noise @ mean / mean.square().sum()).outer(mean)
+    direction = weight[target_ids] - mean
+    target_logit = torch.empty(num_tokens, dtype=torch.float64).uniform_(15, 24, generator=generator)
+    coefficient = (target_logit - (noise * direction).sum(1)) / direction.square().sum(1)
+    hidden = (noise + direction * coefficient[:, None]).bfloat16().double()
+    head = Head(hidden.requires_grad_("hidden" in requires_grad), weight.requires_grad_("weight" in requires_grad))
+    return head, target_ids
 
 
-def rounding(head: Head, labels: Tensor, upstream: Tensor, dtype: torch.dtype, options: dict[str, bool]) -> Rounding:
-    """For a head in float64."""
-    eps, computing = (torch.finfo(x).eps for x in (dtype, torch.promote_types(dtype, torch.float32)))
-    hidden, weight, bias = head.hidden.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach()
-    product = (hidden @ weight.T).requires_grad_()
-    logits = head._replace(bias=bias).finished(product)
-    of_product, of_capped = torch.autograd.grad(naive(logits, labels, **options), (product, logits), upstream)
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu()
+    return float((actual - expected).norm() / expected.norm())
+
+
+class ErrorBounds(NamedTuple):
+    """The largest errors that rounding to a dtype can cause."""
+
+    logps: float
+    gradients: list[Tensor]  # the bounds of each element, one tensor per leaf of the head
+
+
+def rounding_error_bounds(
+    head: Head,  # in float64
+    labels: Tensor,  # [N, T]
+    grad_output: Tensor,  # [N]
+    dtype: torch.dtype,
+    average: bool,
+    shift: bool,
+) -> ErrorBounds:
+    """Return the largest errors if the inputs have this dtype, and products and sums are at least float32."""
+    eps, acc_eps = (torch.finfo(x).eps for x in (dtype, torch.promote_types(dtype, torch.float32)))
+    hidden, weight = head.hidden.detach(), head.weight.detach()
+    bias = None if head.bias is None else head.bias.detach()
+    products = (hidden @ weight.T).requires_grad_()
+    logits = head._replace(bias=bias).transform(products)
+    logps = reference_logps(logits, labels, average, shift)
+    grad_products, grad_logits = torch.autograd.grad(logps, (products, logits), grad_output)
+
     largest = max((x.abs().max().item() for x in (hidden, weight, bias) if x is not None and x.numel()), default=0)
-    of_logits = 8 * computing * max(head.scale, 1) * (hidden.shape[2] * largest**2 + 1)
-    # An element is off by what its logit is; is rounded when kept, and as a factor; and below a point absolutely.
-    off = of_product.abs() * (eps + 4 * of_logits) + (2 * torch.finfo(dtype).tiny if dtype == torch.float16 else 0)
-    if head.softcap is not None:  # whose slope is what is left of 1
-        off += 8 * computing * head.scale * of_capped.abs()
-    bounds = (off @ weight.abs(), torch.einsum("ntv,ntk->vk", off, hidden.abs()), off.sum((0, 1)))
-    needed = [bound for bound, x in zip(bounds, head[:3]) if isinstance(x, Tensor) and x.requires_grad]
-    return Rounding(of_logits * (1 if options["average"] else labels.shape[1]), needed)
-
-
-NEEDS = ["hidden", "hidden weight", "weight", "hidden bias", "bias", "hidden weight bias", ""]
+    logit_error = 8 * acc_eps * max(head.scale, 1) * (hidden.shape[2] * largest**2 + 1)
+    # The gradient of a product is rounded to `dtype`, and it inherits a relative error from its logit. In float16,
+    # small gradients are subnormal, and their rounding error is absolute.
+    product_error = grad_products.abs() * (eps + 4 * logit_error)
+    if dtype == torch.float16:
+        product_error = product_error + 2 * torch.finfo(dtype).tiny
+    if head.softcap is not None:
+        # The slope of the softcap is 1 - (z / softcap)^2. Near 0 it has an absolute error, because digits cancel.
+        product_error = product_error + 8 * acc_eps * head.scale * grad_logits.abs()
+    bounds = (
+        product_error @ weight.abs(),
+        torch.einsum("ntv,nth->vh", product_error, hidden.abs()),
+        product_error.sum((0, 1)),
+    )
+    return ErrorBounds(
+        logps=logit_error * (1 if average else labels.shape[1]),
+        gradients=[bound for bound, x in zip(bounds, head[:3]) if isinstance(x, Tensor) and x.requires_grad],
+    )
 
 
 @every_tiling
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(0, 4), st.integers(0, 7), st.integers(1, 9), st.integers(1, 40), st.integers(1, 200),
-    st.sampled_from(NEEDS), st.sampled_from([0, 100, 400, 10**9]), st.booleans(), st.booleans(), st.floats(0, 1),
-    st.sampled_from([(1.0, None), (0.3, None), (1.0, 3.0), (2.0, 1.5)]), st.integers(0, 2**31),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-)  # fmt: skip
-def test_against_autograd(
-    backend: str, n: int, length: int, width: int, vocabulary: int, elements: int, needs: str, keep_bytes: int,
-    average: bool, shift: bool, ignored: float, finish: tuple[float, float | None], seed: int, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    head = random_head(n, length, width, vocabulary, needs, seed).to("cpu", dtype).to("cpu", torch.float64)
-    head = head._replace(scale=finish[0], softcap=finish[1])
-    labels = random_labels(n, length, vocabulary, ignored, seed)
-    upstream = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    options = {"average": average, "shift": shift}
-    expected, bounds = naive(head.logits(), labels, **options), rounding(head, labels, upstream, dtype, options)
+    n=st.integers(0, 4),
+    length=st.integers(0, 7),
+    hidden_size=st.integers(1, 9),
+    vocab_size=st.integers(1, 40),
+    tile_elements=st.integers(1, 200),
+    requires_grad=st.sampled_from([*WITH_GRADIENTS, WITHOUT_GRADIENTS]),
+    keep_bytes=st.sampled_from([0, 100, 400, 10**9]),
+    average=st.booleans(),
+    shift=st.booleans(),
+    ignored_share=st.floats(0, 1),
+    scale_and_softcap=st.sampled_from([(1.0, None), (0.3, None), (1.0, 3.0), (2.0, 1.5)]),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_log_probs_and_gradients_match_autograd_through_the_logits(
+    backend: str,
+    n: int,
+    length: int,
+    hidden_size: int,
+    vocab_size: int,
+    tile_elements: int,
+    requires_grad: str,
+    keep_bytes: int,
+    average: bool,
+    shift: bool,
+    ignored_share: float,
+    scale_and_softcap: tuple[float, float | None],
+    seed: int,
+    dtype: torch.dtype,
+) -> None:
+    # Round the inputs to `dtype` first, so that the float64 reference gets the same numbers.
+    head = random_head(n, length, hidden_size, vocab_size, requires_grad, seed)
+    head = head.to("cpu", dtype).to("cpu", torch.float64)
+    scale, softcap = scale_and_softcap
+    head = head._replace(scale=scale, softcap=softcap)
+    labels = random_labels(n, length, vocab_size, ignored_share, seed)
+    grad_output = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = reference_logps(head.logits(), labels, average, shift)
+    bounds = rounding_error_bounds(head, labels, grad_output, dtype, average, shift)
 
-    with tiled(backend, elements) as device:
-        there = head.to(device, dtype)
-        got = there.sequence_logps(labels.to(device), keep_bytes=keep_bytes, **options)
-        assert got.dtype == torch.promote_types(dtype, torch.float32)
-        torch.testing.assert_close(
-            got.cpu().double(), expected, rtol=8 * torch.finfo(got.dtype).eps, atol=bounds.of_logps
-        )
-        assert got.requires_grad == bool(there.leaves)
-        if not there.leaves:
+    with tiled(backend, tile_elements) as device:
+        on_device = head.to(device, dtype)
+        actual = on_device.sequence_logps(labels.to(device), keep_bytes=keep_bytes, average=average, shift=shift)
+        acc_dtype = torch.promote_types(dtype, torch.float32)
+        assert actual.dtype == acc_dtype
+        rtol = 8 * torch.finfo(acc_dtype).eps
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=rtol, atol=bounds.logps)
+        assert actual.requires_grad == bool(on_device.leaves)
+        if not on_device.leaves:
             return
-        got_gradients, again = (gradients(got, there, upstream) for _ in range(2))
-    expected_gradients = gradients(expected, head, upstream)
-    for gradient, same, right, bound in zip(got_gradients, again, expected_gradients, bounds.of_gradients):
+        actual_gradients, repeated_gradients = (gradients(actual, on_device, grad_output) for _ in range(2))
+    expected_gradients = gradients(expected, head, grad_output)
+    for gradient, repeated, expected_gradient, bound in zip(
+        actual_gradients, repeated_gradients, expected_gradients, bounds.gradients
+    ):
         assert gradient.dtype == dtype
-        assert torch.equal(gradient, same), "another backward gives the same"
-        allowed = bound + 2 * torch.finfo(dtype).eps * right.abs() + torch.finfo(dtype).tiny
-        error = (gradient.cpu().double() - right).abs() / allowed
-        assert (error <= 1).all(), f"{error.max():.2f} of what rounding may do"
+        assert torch.equal(gradient, repeated), "a second backward pass gives another gradient"
+        allowed = bound + 2 * torch.finfo(dtype).eps * expected_gradient.abs() + torch.finfo(dtype).tiny
+        error = (gradient.cpu().double() - expected_gradient).abs() / allowed
+        assert (error <= 1).all(), f"the error is {error.max():.2f} times the bound"
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
-@pytest.mark.parametrize("needs", NEEDS[:-1])
-@pytest.mark.parametrize("finish", [(1.0, None), (0.7, 2.0)])
-def test_gradcheck(needs: str, finish: tuple[float, float | None], keep_bytes: int) -> None:
-    """Against finite differences, with any gradient from upstream for every token."""
-    head = random_head(1, 6, 3, 9, needs)
-    targets = torch.tensor([0, 8, 3, 3, 7, 1])
+@pytest.mark.parametrize("requires_grad", WITH_GRADIENTS)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.7, 2.0)])
+def test_token_log_probs_pass_gradcheck(
+    scale: float,
+    softcap: float | None,
+    requires_grad: str,
+    keep_bytes: int,
+) -> None:
+    """gradcheck compares with finite differences, for a separate gradient of each token."""
+    head = random_head(1, 6, 3, 9, requires_grad)
+    target_ids = torch.tensor([0, 8, 3, 3, 7, 1])
 
-    def logps(*leaves: Tensor) -> Tensor:
-        given = iter(leaves)
-        hidden, weight = (next(given) if x.requires_grad else x for x in head[:2])
-        bias = None if head.bias is None else next(given)
+    def logps_of_leaves(*leaves: Tensor) -> Tensor:
+        remaining = iter(leaves)
+        hidden, weight = (next(remaining) if x.requires_grad else x for x in head[:2])
+        bias = None if head.bias is None else next(remaining)
         return linear_token_logps(
-            hidden[0], weight, targets, bias, keep_bytes=keep_bytes, logit_scale=finish[0],
-            final_logit_softcapping=finish[1],
-        )  # fmt: skip
+            hidden[0],
+            weight,
+            target_ids,
+            bias,
+            keep_bytes=keep_bytes,
+            logit_scale=scale,
+            final_logit_softcapping=softcap,
+        )
 
     with tiled("torch", 20):
-        assert gradcheck(logps, head.leaves)
+        assert gradcheck(logps_of_leaves, head.leaves)
+
+
+every_batch_shape = pytest.mark.parametrize(
+    ("n", "length", "requires_grad"),
+    [(0, 4, "hidden weight"), (3, 0, "hidden"), (2, 5, "hidden"), (2, 5, "hidden weight bias")],
+)
 
 
 @every_tiling
-def test_of_no_tokens_and_of_sequences_without_a_counted_one(backend: str) -> None:
-    """Zero, connected to the graph, with zero gradients."""
-    for n, length, needs in ((0, 4, "hidden weight"), (3, 0, "hidden"), (2, 5, "hidden"), (2, 5, "hidden weight bias")):
-        with tiled(backend) as device:
-            head = random_head(n, length, 8, 30, needs).to(device, torch.float32)
-            logps = head.sequence_logps(torch.full((n, length), IGNORED, device=device))
-            assert torch.equal(logps.cpu(), torch.zeros(n))
-            for gradient in gradients(logps, head, torch.ones(n)):
-                assert not gradient.any()
-            # Of one sequence without, the others are as they would be by themselves.
-            labels = random_labels(n, length, 30).to(device)
-            labels[:1] = IGNORED
-            logps = head.sequence_logps(labels)
-            assert torch.equal(logps[1:], head._replace(hidden=head.hidden[1:]).sequence_logps(labels[1:]))
-            (gradient, *_) = gradients(logps, head, torch.ones(n))
-            assert not gradient[:1].any()
+@every_batch_shape
+def test_without_counted_tokens_log_probs_and_gradients_are_0(
+    backend: str,
+    n: int,
+    length: int,
+    requires_grad: str,
+) -> None:
+    with tiled(backend) as device:
+        head = random_head(n, length, 8, 30, requires_grad).to(device, torch.float32)
+        logps = head.sequence_logps(torch.full((n, length), IGNORE_INDEX, device=device))
+        assert torch.equal(logps.cpu(), torch.zeros(n))
+        for gradient in gradients(logps, head, torch.ones(n)):
+            assert not gradient.any()
 
 
-@pytest.mark.parametrize("needs", NEEDS[:-1])
-def test_without_a_graph(needs: str) -> None:
-    """Under no_grad and in inference mode: the same numbers, and nothing saved."""
-    head, labels = random_head(3, 5, 8, 30, needs), random_labels(3, 5, 30)
+@every_tiling
+@every_batch_shape
+def test_a_sequence_without_counted_tokens_does_not_change_the_others(
+    backend: str,
+    n: int,
+    length: int,
+    requires_grad: str,
+) -> None:
+    with tiled(backend) as device:
+        head = random_head(n, length, 8, 30, requires_grad).to(device, torch.float32)
+        labels = random_labels(n, length, 30).to(device)
+        labels[:1] = IGNORE_INDEX
+        logps = head.sequence_logps(labels)
+        others = head._replace(hidden=head.hidden[1:])
+        assert torch.equal(logps[1:], others.sequence_logps(labels[1:]))
+        (grad_hidden, *_) = gradients(logps, head, torch.ones(n))
+        assert not grad_hidden[:1].any()
+
+
+@pytest.mark.parametrize("requires_grad", WITH_GRADIENTS)
+def test_without_grad_mode_the_log_probs_are_the_same(requires_grad: str) -> None:
+    head, labels = random_head(3, 5, 8, 30, requires_grad), random_labels(3, 5, 30)
     expected = head.sequence_logps(labels)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            got = head.sequence_logps(labels)
-        assert not got.requires_grad
-        torch.testing.assert_close(got, expected.detach(), rtol=1e-14, atol=0)
+            actual = head.sequence_logps(labels)
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-def test_double_backward_raises(needs: str) -> None:
-    head = random_head(2, 5, 8, 30, needs)
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_double_backward_raises(requires_grad: str) -> None:
+    head = random_head(2, 5, 8, 30, requires_grad)
     loss = head.sequence_logps(random_labels(2, 5, 30)).square().sum()
     (gradient, *_) = torch.autograd.grad(loss, head.leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
@@ -219,280 +344,266 @@ def test_double_backward_raises(needs: str) -> None:
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight bias"])
-def test_inside_a_checkpoint(needs: str, keep_bytes: int) -> None:
-    """What forward saves can be thrown away, and made again."""
-    head, labels = random_head(3, 5, 8, 30, needs), random_labels(3, 5, 30)
-    upstream = torch.randn(3, dtype=torch.float64)
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight bias"])
+def test_activation_checkpointing_does_not_change_the_gradients(requires_grad: str, keep_bytes: int) -> None:
+    """Checkpointing discards what forward saved, and runs forward again in the backward pass."""
+    head, labels = random_head(3, 5, 8, 30, requires_grad), random_labels(3, 5, 30)
+    grad_output = torch.randn(3, dtype=torch.float64)
 
-    def logps(hidden: Tensor) -> Tensor:
+    def logps_of_hidden(hidden: Tensor) -> Tensor:
         return head._replace(hidden=hidden).sequence_logps(labels, keep_bytes=keep_bytes)
 
-    expected = gradients(logps(head.hidden), head, upstream)
-    got = checkpoint(logps, head.hidden, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(got, head.leaves, upstream), tuple(expected))
+    expected = gradients(logps_of_hidden(head.hidden), head, grad_output)
+    logps = checkpoint(logps_of_hidden, head.hidden, use_reentrant=False)
+    actual = torch.autograd.grad(logps, head.leaves, grad_output)
+    torch.testing.assert_close(actual, tuple(expected))
 
 
-def test_the_callers_tensors_are_left_alone() -> None:
-    for needs in NEEDS:
-        head, labels = random_head(2, 6, 8, 30, needs), random_labels(2, 6, 30)
-        before = [x.clone() for x in (*head[:3], labels) if isinstance(x, Tensor)]
+def test_the_inputs_are_not_modified() -> None:
+    for requires_grad in (*WITH_GRADIENTS, WITHOUT_GRADIENTS):
+        head, labels = random_head(2, 6, 8, 30, requires_grad), random_labels(2, 6, 30)
+        inputs = [x for x in (*head[:3], labels) if isinstance(x, Tensor)]
+        copies = [x.clone() for x in inputs]
         logps = head.sequence_logps(labels)
         if head.leaves:
             logps.sum().backward()
-        assert all(map(torch.equal, before, (x for x in (*head[:3], labels) if isinstance(x, Tensor))))
+        assert all(map(torch.equal, inputs, copies))
 
 
-def test_strides() -> None:
-    """Hidden states of [T, N, H] models, a weight that is transposed, every other label."""
+def test_inputs_may_have_any_strides() -> None:
+    """The hidden states are [T, N, H] in memory, the weight is transposed, and every other label is taken."""
     head, labels = random_head(3, 6, 8, 30, "hidden weight"), random_labels(3, 12, 30)[:, ::2]
     strided = Head(head.hidden.transpose(0, 1).contiguous().transpose(0, 1), head.weight.T.contiguous().T)
     torch.testing.assert_close(strided.sequence_logps(labels), head.sequence_logps(labels), rtol=1e-14, atol=0)
 
 
 @every_tiling
-@pytest.mark.parametrize("target", [-1, 30, -100, 10**12])
-@pytest.mark.parametrize("needs", ["", "hidden", "hidden weight"])
-def test_a_target_outside_the_vocabulary_fails(backend: str, needs: str, target: int) -> None:
+@pytest.mark.parametrize("target_id", [-1, 30, -100, 10**12])
+@pytest.mark.parametrize("requires_grad", ["", "hidden", "hidden weight"])
+def test_a_target_outside_the_vocabulary_raises(backend: str, requires_grad: str, target_id: int) -> None:
     if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("an assertion on a device ends its process; see TestOnAGpu")
-    head = random_head(1, 3, 8, 30, needs).to("cpu", torch.float32)
-    message = rf"token ids must be in \[0, 30\), got {target}"
+        pytest.skip("a device-side assertion ends the process: TestOnGPU checks it in a process of its own")
+    head = random_head(1, 3, 8, 30, requires_grad).to("cpu", torch.float32)
+    message = rf"token ids must be in \[0, 30\), got {target_id}"
     with tiled(backend), pytest.raises(IndexError, match=message):
-        linear_token_logps(head.hidden[0], head.weight, torch.tensor([0, target, 3]))
-    if target != IGNORED:
+        linear_token_logps(head.hidden[0], head.weight, torch.tensor([0, target_id, 3]))
+    if target_id != IGNORE_INDEX:
         with tiled(backend), pytest.raises(IndexError, match=message):
-            head.sequence_logps(torch.tensor([[IGNORED, target, IGNORED]]))
+            head.sequence_logps(torch.tensor([[IGNORE_INDEX, target_id, IGNORE_INDEX]]))
 
 
 @every_tiling
-@pytest.mark.parametrize("needs", ["", "hidden", "hidden weight"])
-def test_nan_and_infinity_stay_what_they_are(backend: str, needs: str) -> None:
-    """In the log-probs of their tokens, and nowhere else."""
-    for wrong in (torch.nan, torch.inf, -torch.inf):
-        head = random_head(1, 4, 8, 30, needs)
-        head.hidden.data[0, 2] = wrong
+@pytest.mark.parametrize("requires_grad", ["", "hidden", "hidden weight"])
+def test_a_nonfinite_hidden_state_affects_only_its_own_token(backend: str, requires_grad: str) -> None:
+    for value in (torch.nan, torch.inf, -torch.inf):
+        head = random_head(1, 4, 8, 30, requires_grad)
+        head.hidden.data[0, 2] = value
         with tiled(backend) as device:
-            there = head.to(device, torch.float32)
-            logps = linear_token_logps(there.hidden[0], there.weight, torch.tensor([0, 4, 3, 9], device=device))
+            on_device = head.to(device, torch.float32)
+            target_ids = torch.tensor([0, 4, 3, 9], device=device)
+            logps = linear_token_logps(on_device.hidden[0], on_device.weight, target_ids)
         assert logps.isfinite().tolist() == [True, True, False, True]
 
 
 @every_tiling
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-def test_words_that_a_bias_rules_out(backend: str, needs: str, keep_bytes: int) -> None:
-    """A bias of -inf, whole tiles of it, even for all words but the target; no gradient becomes NaN."""
-    for allowed in ([3], [3, 20], [20, 25, 3]):
-        head, targets = random_head(1, 4, 8, 30, needs), torch.tensor([3, 3, allowed[-1], 3])
-        bias = torch.full((30,), -torch.inf, dtype=torch.float64).index_fill(0, torch.tensor(allowed), 0.0)
-        expected = (head.hidden[0] @ head.weight.T + bias).log_softmax(-1)[torch.arange(4), targets]
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_a_bias_of_minus_infinity_excludes_vocabulary_tokens(
+    backend: str,
+    requires_grad: str,
+    keep_bytes: int,
+) -> None:
+    """The log-probs and gradients stay right, even if only the target is allowed or a whole tile is excluded."""
+    for allowed_ids in ([3], [3, 20], [20, 25, 3]):
+        head, target_ids = random_head(1, 4, 8, 30, requires_grad), torch.tensor([3, 3, allowed_ids[-1], 3])
+        bias = torch.full((30,), -torch.inf, dtype=torch.float64).index_fill(0, torch.tensor(allowed_ids), 0.0)
+        logits = head.hidden[0] @ head.weight.T + bias
+        expected = logits.log_softmax(-1)[torch.arange(4), target_ids]
+        expected_gradients = gradients(expected, head, torch.ones(4))
         with tiled(backend, 16) as device:
-            there = head.to(device, torch.float32)
-            got = linear_token_logps(
-                there.hidden[0], there.weight, targets.to(device), bias.float().to(device), keep_bytes=keep_bytes
+            on_device = head.to(device, torch.float32)
+            actual = linear_token_logps(
+                on_device.hidden[0],
+                on_device.weight,
+                target_ids.to(device),
+                bias.float().to(device),
+                keep_bytes=keep_bytes,
             )
-            torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-            for gradient, right in zip(gradients(got, there, torch.ones(4)), gradients(expected, head, torch.ones(4))):
-                torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-4, atol=1e-5)
-
-
-# Precision.
-
-
-def confident_head(tokens: int, width: int, vocabulary: int, shared: float, seed: int = 0) -> tuple[Head, Tensor]:
-    """A head whose rows share a mean, as those of trained models do, and tokens of all confidences above p = 0.99.
-
-    In float64, of numbers that bfloat16 holds.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    randn = partial(torch.randn, generator=generator, dtype=torch.float64)
-    weight = (0.04 * (randn(vocabulary, width) + shared * randn(1, width))).bfloat16().double()
-    targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    noise, mean = randn(tokens, width) * (2.3 / (0.04 * width**0.5)), weight.mean(0)
-    noise -= (noise @ mean / mean.square().sum()).outer(mean)
-    own = weight[targets] - mean
-    logit = torch.empty(tokens, dtype=torch.float64).uniform_(15, 24, generator=generator)
-    hidden = noise + own * ((logit - (noise * own).sum(1)) / own.square().sum(1))[:, None]
-    return Head(hidden.bfloat16().double(), weight), targets
-
-
-def relative(got: Tensor, right: Tensor) -> float:
-    got, right = got.detach().cpu().double(), right.detach()
-    return float((got - right).norm() / right.norm())
+            torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+            for gradient, expected_gradient in zip(gradients(actual, on_device, torch.ones(4)), expected_gradients):
+                torch.testing.assert_close(gradient.cpu().double(), expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 @every_tiling
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-def test_confident_tokens_keep_their_gradient(backend: str, needs: str) -> None:
-    """In bfloat16 at p > 0.99, where 1 - p from a sum of exponentials with the target has lost most of its digits."""
-    head, targets = confident_head(96, 64, 500, shared=0.0)
-    head = head.to("cpu", torch.float64)
-    for x, name in ((head.hidden, "hidden"), (head.weight, "weight")):
-        x.requires_grad_(name in needs)
-    upstream = torch.ones(96, dtype=torch.float64)
-    expected = head.logits().log_softmax(-1)[torch.arange(96), targets]
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_confident_tokens_keep_their_gradient(backend: str, requires_grad: str) -> None:
+    """At p > 0.99, 1 - p would lose most of its digits if it came from a sum that includes the target."""
+    head, target_ids = confident_head(96, 64, 500, shared_mean=0.0, requires_grad=requires_grad)
+    grad_output = torch.ones(96, dtype=torch.float64)
+    expected = head.logits().log_softmax(-1)[torch.arange(96), target_ids]
     assert expected.exp().quantile(0.1) > 0.99
     with tiled(backend, 2**14) as device:
-        there = head.to(device, torch.bfloat16)
-        got = linear_token_logps(there.hidden, there.weight, targets.to(device))
-        got_gradients = gradients(got, there, upstream)
-    assert relative(got, expected) < 1e-4
-    for gradient, right in zip(got_gradients, gradients(expected, head, upstream)):
-        assert relative(gradient, right) < 4e-3
+        on_device = head.to(device, torch.bfloat16)
+        actual = linear_token_logps(on_device.hidden, on_device.weight, target_ids.to(device))
+        actual_gradients = gradients(actual, on_device, grad_output)
+    assert relative_error(actual, expected) < 1e-4
+    for gradient, expected_gradient in zip(actual_gradients, gradients(expected, head, grad_output)):
+        assert relative_error(gradient, expected_gradient) < 4e-3
 
 
 @every_tiling
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-def test_tiles_do_not_round_the_gradient(backend: str, needs: str, keep_bytes: int) -> None:
-    """Of its bfloat16 entries hardly any changes with the number of tiles; with the product of each rounded, 36% do."""
-    head, targets = confident_head(64, 64, 1600, shared=3.0)
-    upstream = torch.randn(64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_the_number_of_tiles_hardly_changes_the_gradient(backend: str, requires_grad: str, keep_bytes: int) -> None:
+    """Fewer than 1% of the bfloat16 elements change. If the product of each tile were rounded, 36% would change."""
+    head, target_ids = confident_head(64, 64, 1600, shared_mean=3.0, requires_grad=requires_grad)
+    grad_output = torch.randn(64, generator=torch.Generator().manual_seed(0))
     results = []
-    for elements in (64 * 1600, 64 * 100):
-        with tiled(backend, elements) as device:
-            there = Head(*(x.to(device, torch.bfloat16).requires_grad_(name in needs)
-                           for x, name in zip(head[:2], ("hidden", "weight"))))  # fmt: skip
-            got = linear_token_logps(there.hidden, there.weight, targets.to(device), keep_bytes=keep_bytes)
-            results.append(gradients(got, there, upstream))
-    for whole, parts in zip(*results):
-        assert (whole != parts).float().mean() < 0.01
+    for tile_elements in (64 * 1600, 64 * 100):
+        with tiled(backend, tile_elements) as device:
+            on_device = head.to(device, torch.bfloat16)
+            logps = linear_token_logps(on_device.hidden, on_device.weight, target_ids.to(device), keep_bytes=keep_bytes)
+            results.append(gradients(logps, on_device, grad_output))
+    for with_one_tile, with_many_tiles in zip(*results):
+        assert (with_one_tile != with_many_tiles).float().mean() < 0.01
 
 
-# In other people's programs.
-
-
-@pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-def test_under_autocast(needs: str) -> None:
-    """Factors are rounded as autocast does, float32 weights get a float32 gradient, float64 is left alone."""
-    exact = random_head(2, 6, 16, 40, needs)
-    labels, upstream = random_labels(2, 6, 40), torch.tensor([0.3, -0.7], dtype=torch.float64)
-    rounded = exact.to("cpu", torch.bfloat16).to("cpu", torch.float64)
-    expected = naive(rounded.logits(), labels)
-    single = exact.to("cpu", torch.float32)
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_autocast_rounds_the_inputs_of_products_except_float64(requires_grad: str) -> None:
+    """The gradient of float32 inputs is float32, and it is the same whether backward runs inside autocast or not."""
+    head = random_head(2, 6, 16, 40, requires_grad)
+    labels, grad_output = random_labels(2, 6, 40), torch.tensor([0.3, -0.7], dtype=torch.float64)
+    rounded = head.to("cpu", torch.bfloat16).to("cpu", torch.float64)
+    expected = reference_logps(rounded.logits(), labels)
+    single = head.to("cpu", torch.float32)
+    mixed = single._replace(hidden=single.hidden.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        got = single.sequence_logps(labels)
-        mixed = single._replace(hidden=single.hidden.bfloat16()).sequence_logps(labels)
-        double = exact.sequence_logps(labels)
-    assert got.dtype == mixed.dtype == torch.float32
-    torch.testing.assert_close(double, naive(exact.logits(), labels), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):  # nor does it matter where backward is called
-        inside = gradients(got, single, upstream)
-    for gradient, same, right in zip(gradients(got, single, upstream), inside, gradients(expected, rounded, upstream)):
-        assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, same)
-        assert relative(gradient, right) < 1e-5
+        single_logps = single.sequence_logps(labels)
+        mixed_logps = mixed.sequence_logps(labels)
+        double_logps = head.sequence_logps(labels)
+    assert single_logps.dtype == mixed_logps.dtype == torch.float32
+    torch.testing.assert_close(double_logps, reference_logps(head.logits(), labels), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(single_logps.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed_logps.double(), expected, rtol=1e-5, atol=1e-5)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients_inside = gradients(single_logps, single, grad_output)
+    gradients_outside = gradients(single_logps, single, grad_output)
+    expected_gradients = gradients(expected, rounded, grad_output)
+    for inside, outside, expected_gradient in zip(gradients_inside, gradients_outside, expected_gradients):
+        assert outside.dtype == torch.float32
+        assert torch.equal(outside, inside)
+        assert relative_error(outside, expected_gradient) < 1e-5
 
 
 @pytest.fixture
-def _forget_compiled_code() -> Any:
+def _compiler_reset() -> Iterator[None]:
+    """Discard the compiled code after the test."""
     yield
     torch.compiler.reset()
 
 
-@pytest.mark.usefixtures("_forget_compiled_code")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
+@pytest.mark.usefixtures("_compiler_reset")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises them about itself
 @pytest.mark.parametrize("keep_bytes", [0, 2000])
-@pytest.mark.parametrize("needs", NEEDS)
-def test_compiles_without_a_graph_break(needs: str, keep_bytes: int) -> None:
-    def step(head: Head, labels: Tensor) -> Tensor:
+@pytest.mark.parametrize("requires_grad", [*WITH_GRADIENTS, WITHOUT_GRADIENTS])
+def test_torch_compile_has_no_graph_break(requires_grad: str, keep_bytes: int) -> None:
+    def sequence_step(head: Head, labels: Tensor) -> Tensor:
         return head.sequence_logps(labels, keep_bytes=keep_bytes).square()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(sequence_step, fullgraph=True, backend="aot_eager")
     for n in (2, 5, 3):
-        head, labels = random_head(n, 6, 8, 30, needs), random_labels(n, 6, 30, seed=n)
-        got, expected = compiled(head, labels), step(head, labels)
-        torch.testing.assert_close(got, expected)
+        head, labels = random_head(n, 6, 8, 30, requires_grad), random_labels(n, 6, 30, seed=n)
+        actual, expected = compiled(head, labels), sequence_step(head, labels)
+        torch.testing.assert_close(actual, expected)
         if head.leaves:
-            torch.testing.assert_close(*(torch.autograd.grad(x.sum(), head.leaves) for x in (got, expected)))
+            torch.testing.assert_close(*(torch.autograd.grad(x.sum(), head.leaves) for x in (actual, expected)))
 
-    def tokens(head: Head, targets: Tensor) -> Tensor:
-        return linear_token_logps(head.hidden[0], head.weight, targets, head.bias, keep_bytes=keep_bytes).exp().sum()
+    def token_step(head: Head, target_ids: Tensor) -> Tensor:
+        logps = linear_token_logps(head.hidden[0], head.weight, target_ids, head.bias, keep_bytes=keep_bytes)
+        return logps.exp().sum()
 
-    explained = torch._dynamo.explain(tokens)(head, torch.zeros(6, dtype=torch.int64))
-    assert explained.graph_break_count == 0
+    explanation = torch._dynamo.explain(token_step)(head, torch.zeros(6, dtype=torch.int64))
+    assert explanation.graph_break_count == 0
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_operators_are_what_they_say(with_bias: bool, softcap: float | None) -> None:
-    """Their schemas, their shapes without data, and that they are differentiated nowhere but where we do."""
+def test_the_operators_pass_opcheck(with_bias: bool, softcap: float | None) -> None:
+    """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
     head = random_head(1, 6, 8, 30, "bias" if with_bias else "")
     bias = None if head.bias is None else head.bias.detach()
     inputs = (head.hidden[0], head.weight, torch.arange(6), bias, torch.float64, 0.5, softcap)
-    upstream = torch.randn(6, dtype=torch.float64)
+    grad_output = torch.randn(6, dtype=torch.float64)
     for keep_bytes in (0, 10**9):
         statistics = torch.ops.amapo_loss.head_statistics(*inputs, keep_bytes)
         torch.library.opcheck(torch.ops.amapo_loss.head_statistics.default, (*inputs, keep_bytes))
-        for needs in ((True, True, with_bias), (True, False, False), (False, True, False)):
-            arguments = (upstream, *inputs, *statistics, *needs)
+        for needs_gradient in ((True, True, with_bias), (True, False, False), (False, True, False)):
+            arguments = (grad_output, *inputs, *statistics, *needs_gradient)
             torch.library.opcheck(torch.ops.amapo_loss.head_gradients.default, arguments)
     torch.library.opcheck(torch.ops.amapo_loss.frozen_head.default, inputs)
 
 
-def test_tied_embeddings() -> None:
-    """The weight's gradient is that of both its uses."""
+def test_tied_embeddings_get_the_gradient_of_both_uses() -> None:
+    """The same weight embeds the input tokens and is the head."""
     embedding = torch.nn.Embedding(30, 8, dtype=torch.float64)
-    ids, labels = torch.randint(30, (4, 6)), random_labels(4, 6, 30)
+    input_ids, labels = torch.randint(30, (4, 6)), random_labels(4, 6, 30)
 
-    def gradient(logps: Callable[[Tensor], Tensor]) -> Tensor:
-        loss = amapo_loss(*logps(embedding(ids).tanh()).chunk(2)).loss
-        return torch.autograd.grad(loss, embedding.weight)[0]
+    def grad_weight(logps_of_hidden: Callable[[Tensor], Tensor]) -> Tensor:
+        logps = logps_of_hidden(embedding(input_ids).tanh())
+        return torch.autograd.grad(amapo_loss(*logps.chunk(2)).loss, embedding.weight)[0]
 
     torch.testing.assert_close(
-        gradient(lambda hidden: linear_sequence_logps(hidden, embedding.weight, labels)),
-        gradient(lambda hidden: naive(hidden @ embedding.weight.T, labels)),
+        grad_weight(lambda hidden: linear_sequence_logps(hidden, embedding.weight, labels)),
+        grad_weight(lambda hidden: reference_logps(hidden @ embedding.weight.T, labels)),
     )
 
 
-def test_never_holds_the_logits() -> None:
-    """What PyTorch allocates at once, over what was there: inputs of 0.2 MB, logits of 33 MB."""
-    head, labels = random_head(2, 512, 16, 8192, "hidden").to("cpu", torch.float32), random_labels(2, 512, 8192, 0.0)
-    whole = 1024 * 8192 * 4
+def test_the_logits_are_never_held_in_memory() -> None:
+    """The inputs take 0.6 MB and the logits 34 MB. Memory that is allocated before the step does not count."""
+    labels, logits_bytes = random_labels(2, 512, 8192, ignored_share=0.0), 1024 * 8192 * 4
 
-    def step(head: Head, logps: Callable[[Head], Tensor]) -> None:
-        logps(head).sum().backward()
+    def step(head: Head, logps_of_head: Callable[[Head], Tensor]) -> None:
+        logps_of_head(head).sum().backward()
 
-    through_logits = partial(step, logps=lambda head: naive(head.logits(), labels))
-    assert peak_bytes(partial(through_logits, head)) > 2.9 * whole
-    for needs in ("hidden", "hidden weight"):
-        head = random_head(2, 512, 16, 8192, needs).to("cpu", torch.float32)
+    head = random_head(2, 512, 16, 8192, "hidden").to("cpu", torch.float32)
+    assert peak_bytes(lambda: step(head, lambda head: reference_logps(head.logits(), labels))) > 2.9 * logits_bytes
+    for requires_grad in ("hidden", "hidden weight"):
+        head = random_head(2, 512, 16, 8192, requires_grad).to("cpu", torch.float32)
         with tiled("torch", 2**18):
-            assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < whole / 8
+            assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < logits_bytes / 8
 
 
-def of_a_dtensor(rank: int, group: Any) -> list[str]:
+def messages_for_dtensors(rank: int, group: Any) -> list[str]:
+    """Return the error messages for a weight and for a bias that is a DTensor."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     head = random_head(1, 4, 8, 30, "bias")
-    spread = partial(distribute_tensor, device_mesh=init_device_mesh("cpu", (1,)), placements=[Shard(0)])
+    shard = partial(distribute_tensor, device_mesh=init_device_mesh("cpu", (1,)), placements=[Shard(0)])
     messages = []
-    for weight, bias in ((spread(head.weight), None), (head.weight, spread(torch.zeros(30)))):
+    for weight, bias in ((shard(head.weight), None), (head.weight, shard(torch.zeros(30)))):
         with pytest.raises(TypeError) as raised:
             linear_token_logps(head.hidden[0], weight, torch.arange(4), bias)
         messages.append(str(raised.value))
     return messages
 
 
-def test_a_weight_spread_over_devices_is_refused() -> None:
-    (messages,) = on_ranks(1, of_a_dtensor)
+def test_a_dtensor_raises() -> None:
+    (messages,) = on_ranks(1, messages_for_dtensors)
     for name, message in zip(("weight", "bias"), messages):
         assert message.startswith(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
 
 
-def test_the_product_that_only_a_gpu_takes_exists() -> None:
-    """As we call it; a CPU, which has no such kernel, can at least be asked for its shapes."""
+def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
+    """Only a GPU computes them. The meta device checks the call of `torch.mm` without computing anything."""
     half, single = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
     out = _mm_out(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
     assert (out.dtype, out.shape) == (torch.float32, (4, 6))
     assert "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
-OUT_OF_RANGE = """
+TARGET_OUT_OF_RANGE = """
 import torch
 from amapo_loss import linear_token_logps
 hidden = torch.zeros(3, 8, device="cuda", requires_grad=True)
@@ -500,57 +611,60 @@ linear_token_logps(hidden, torch.zeros(5, 8, device="cuda"), torch.tensor([0, {}
 """
 
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
-
-
-class TestOnAGpu:
-    pytestmark = needs_gpu
-
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+class TestOnGPU:
     @pytest.mark.parametrize("keep_bytes", [0, 2**30, 2**40])
-    @pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-    def test_a_head_of_its_real_size(self, needs: str, keep_bytes: int) -> None:
-        """2,000 tokens of 128,256 words, the tiles as they come: exact, and far below their logits' memory."""
-        tokens, vocabulary = 2000, 128_256
-        head, targets = confident_head(tokens, 1024, vocabulary, shared=1.0)
-        targets, upstream = targets.cuda(), torch.randn(tokens, device="cuda")
-        there = Head(*(x.to("cuda", torch.bfloat16).requires_grad_(name in needs)
-                       for x, name in zip(head[:2], ("hidden", "weight"))))  # fmt: skip
+    @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+    def test_a_head_of_realistic_size_is_exact_and_does_not_hold_the_logits(
+        self,
+        requires_grad: str,
+        keep_bytes: int,
+    ) -> None:
+        """The head has 2,000 tokens, a vocabulary of 128,256, and tiles of the default size."""
+        num_tokens, vocab_size = 2000, 128_256
+        head, target_ids = confident_head(num_tokens, 1024, vocab_size, shared_mean=1.0, requires_grad=requires_grad)
+        target_ids, grad_output = target_ids.cuda(), torch.randn(num_tokens, device="cuda")
+        half = head.to("cuda", torch.bfloat16)
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        logps = linear_token_logps(there.hidden, there.weight, targets, keep_bytes=keep_bytes)
-        got = gradients(logps, there, upstream)
-        peak = torch.cuda.max_memory_allocated() - before
-        assert peak < 4 * tokens * vocabulary + min(keep_bytes, 2 * tokens * vocabulary)
-        double = there.to("cuda", torch.float64)
-        expected = double.logits().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        assert relative(logps, expected.cpu()) < 1e-5
-        for gradient, right in zip(got, gradients(expected, double, upstream)):
-            assert relative(gradient, right.cpu()) < 5e-3
+        bytes_before = torch.cuda.memory_allocated()
+        actual = linear_token_logps(half.hidden, half.weight, target_ids, keep_bytes=keep_bytes)
+        actual_gradients = gradients(actual, half, grad_output)
+        peak = torch.cuda.max_memory_allocated() - bytes_before
+        assert peak < 4 * num_tokens * vocab_size + min(keep_bytes, 2 * num_tokens * vocab_size)
+        double = half.to("cuda", torch.float64)
+        expected = double.logits().log_softmax(-1).gather(1, target_ids[:, None]).squeeze(1)
+        assert relative_error(actual, expected) < 1e-5
+        for gradient, expected_gradient in zip(actual_gradients, gradients(expected, double, grad_output)):
+            assert relative_error(gradient, expected_gradient) < 5e-3
 
-    @pytest.mark.parametrize("needs", ["hidden", "hidden weight"])
-    def test_no_token_waits(self, needs: str) -> None:
-        head, targets = random_head(1, 64, 32, 1000, needs).to("cuda", torch.bfloat16), torch.arange(64, device="cuda")
+    @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+    def test_log_probs_do_not_synchronize_with_the_device(self, requires_grad: str) -> None:
+        head = random_head(1, 64, 32, 1000, requires_grad).to("cuda", torch.bfloat16)
+        target_ids = torch.arange(64, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
-        linear_token_logps(head.hidden[0], head.weight, targets, keep_bytes=10**6).sum().backward()
-        sequence_logps(head.logits(), targets[None]).sum().backward()
+        linear_token_logps(head.hidden[0], head.weight, target_ids, keep_bytes=10**6).sum().backward()
+        sequence_logps(head.logits(), target_ids[None]).sum().backward()
         torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.mark.parametrize("target", [-1, 5, 2**32 + 3])
-    def test_a_target_outside_the_vocabulary_is_asserted(self, target: int) -> None:
-        result = subprocess.run([sys.executable, "-c", OUT_OF_RANGE.format(target)], capture_output=True, check=False)
+    @pytest.mark.parametrize("target_id", [-1, 5, 2**32 + 3])
+    def test_a_target_outside_the_vocabulary_fails_a_device_side_assertion(self, target_id: int) -> None:
+        code = TARGET_OUT_OF_RANGE.format(target_id)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         assert result.returncode != 0
         assert b"device-side assert" in result.stderr
 
-    def test_more_logits_than_32_bits_count(self) -> None:
+    def test_logits_may_have_more_than_2_to_the_31_elements(self) -> None:
+        """Offsets in the kernels have to be 64-bit integers."""
         logits = torch.zeros(1, 2**15, 2**16 + 8, dtype=torch.bfloat16, device="cuda")
         logits[0, -1, -1] = 3.0
         logits.requires_grad_()
-        labels = torch.full((1, 2**15), IGNORED, device="cuda")
+        labels = torch.full((1, 2**15), IGNORE_INDEX, device="cuda")
         labels[0, -1] = 2**16 + 7
         logps = sequence_logps(logits, labels, shift=False)
         logps.sum().backward()
-        others = torch.tensor(2**16 + 7.0).log()
-        torch.testing.assert_close(logps.cpu(), torch.nn.functional.logsigmoid(3 - others)[None])
+        lse_rest = torch.tensor(2**16 + 7.0).log()
+        torch.testing.assert_close(logps.cpu(), torch.nn.functional.logsigmoid(3 - lse_rest)[None])
         assert logits.grad is not None
-        assert logits.grad[0, -1, -1].item() == pytest.approx(torch.sigmoid(others - 3).item(), rel=1e-2)
+        assert logits.grad[0, -1, -1].item() == pytest.approx(torch.sigmoid(lse_rest - 3).item(), rel=1e-2)
         assert not logits.grad[0, :-1].any()

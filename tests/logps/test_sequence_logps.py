@@ -1,4 +1,4 @@
-"""From logits to sequence log-probs, against log_softmax and gather in float64."""
+"""Check the log-probs of sequences from logits against `log_softmax` and `gather` in float64."""
 
 from collections.abc import Callable
 
@@ -7,24 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import gradcheck
 
 from amapo_loss import amapo_loss, sequence_logps
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import every_tiling, tiled
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
-
-def naive(logits: torch.Tensor, labels: torch.Tensor, average: bool, shift: bool) -> torch.Tensor:
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
-    tokens = logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
-    return tokens.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
-
-
-LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of logits [N, T, V] in memory
+# How logits [N, T, V] may lie in memory.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "[T, N, V]": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "[N, V, T]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -32,42 +25,72 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of logits [N, 
 }
 
 
+def reference_logps(
+    logits: Tensor,  # [N, T, V]
+    labels: Tensor,  # [N, T]
+    average: bool,
+    shift: bool,
+) -> Tensor:
+    """Return the log-prob of each sequence [N] in float64."""
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORE_INDEX
+    token_logps = logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
+    return token_logps.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
+
+
 @every_tiling
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(0, 4), st.integers(0, 9), st.integers(1, 50), st.booleans(), st.booleans(), st.integers(0, 2**31),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), st.floats(0, 1),
-    st.sampled_from(sorted(LAYOUTS)),
-)  # fmt: skip
-def test_against_naive(
-    backend: str, n: int, length: int, vocabulary: int, average: bool, shift: bool, seed: int, dtype: torch.dtype,
-    ignored: float, layout: str,
-) -> None:  # fmt: skip
+    n=st.integers(0, 4),
+    length=st.integers(0, 9),
+    vocab_size=st.integers(1, 50),
+    average=st.booleans(),
+    shift=st.booleans(),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    ignored_share=st.floats(0, 1),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+def test_log_probs_and_gradients_match_log_softmax_in_float64(
+    backend: str,
+    n: int,
+    length: int,
+    vocab_size: int,
+    average: bool,
+    shift: bool,
+    seed: int,
+    dtype: torch.dtype,
+    ignored_share: float,
+    layout: str,
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = LAYOUTS[layout](torch.randn(n, length, vocabulary, generator=generator).mul(5).to(dtype)).requires_grad_()
-    labels = torch.randint(vocabulary, (n, length), generator=generator)
-    labels[torch.rand(n, length, generator=generator) < ignored] = IGNORED
-    reference = logits.detach().double().requires_grad_()
-    expected = naive(reference, labels, average, shift)
-    upstream = torch.randn(n, generator=generator)
+    logits = LAYOUTS[layout](torch.randn(n, length, vocab_size, generator=generator).mul(5).to(dtype))
+    labels = torch.randint(vocab_size, (n, length), generator=generator)
+    labels[torch.rand(n, length, generator=generator) < ignored_share] = IGNORE_INDEX
+    grad_output = torch.randn(n, generator=generator)
+    logits_double = logits.to(torch.float64, copy=True).requires_grad_()
+    expected = reference_logps(logits_double, labels, average, shift)
+    (expected_gradient,) = torch.autograd.grad(expected, logits_double, grad_output.double())
 
     with tiled(backend) as device:
-        there = logits.detach().to(device).requires_grad_()
-        got = sequence_logps(there, labels.to(device), average=average, shift=shift)
-        gradient, again = (torch.autograd.grad(got, there, upstream.to(got), retain_graph=True)[0] for _ in range(2))
-    assert got.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(got.cpu(), expected.to(got.dtype), rtol=1e-5, atol=1e-5)
-    (expected_gradient,) = torch.autograd.grad(expected, reference, upstream.double())
+        on_device = logits.to(device).requires_grad_()
+        actual = sequence_logps(on_device, labels.to(device), average=average, shift=shift)
+        gradient, repeated_gradient = (
+            torch.autograd.grad(actual, on_device, grad_output.to(actual), retain_graph=True)[0] for _ in range(2)
+        )
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(actual.cpu(), expected.to(actual.dtype), rtol=1e-5, atol=1e-5)
     assert gradient.dtype == dtype
-    assert torch.equal(gradient, again)
-    rounding = torch.finfo(dtype).eps + 1e-5
-    tiny = 1e-7 if dtype == torch.float16 else 1e-12
-    torch.testing.assert_close(gradient.cpu().double(), expected_gradient, rtol=rounding, atol=tiny)
+    assert torch.equal(gradient, repeated_gradient)
+    rtol = torch.finfo(dtype).eps + 1e-5
+    atol = 1e-7 if dtype == torch.float16 else 1e-12
+    torch.testing.assert_close(gradient.cpu().double(), expected_gradient, rtol=rtol, atol=atol)
 
 
-def test_a_sequence_without_a_counted_token_gives_0_and_no_gradient() -> None:
+def test_a_sequence_without_counted_tokens_gives_0_and_no_gradient() -> None:
     logits = torch.randn(2, 4, 5, requires_grad=True)
-    labels = torch.tensor([[IGNORED] * 4, [IGNORED, 1, 2, IGNORED]])
+    labels = torch.tensor([[IGNORE_INDEX] * 4, [IGNORE_INDEX, 1, 2, IGNORE_INDEX]])
     for average in (True, False):
         logps = sequence_logps(logits, labels, average=average)
         assert logps[0] == 0
@@ -76,50 +99,53 @@ def test_a_sequence_without_a_counted_token_gives_0_and_no_gradient() -> None:
         assert gradient.isfinite().all()
 
 
-def test_the_first_label_never_counts_when_shifted() -> None:
-    """No logits predict it."""
+def test_the_first_label_counts_only_without_shift() -> None:
+    """With the shift, no logits predict the first label."""
     logits, labels = torch.randn(1, 3, 5), torch.tensor([[1, 2, 3]])
-    other = torch.tensor([[4, 2, 3]])
-    assert torch.equal(sequence_logps(logits, labels), sequence_logps(logits, other))
-    assert not torch.equal(sequence_logps(logits, labels, shift=False), sequence_logps(logits, other, shift=False))
+    other_labels = torch.tensor([[4, 2, 3]])
+    assert torch.equal(sequence_logps(logits, labels), sequence_logps(logits, other_labels))
+    assert not torch.equal(
+        sequence_logps(logits, labels, shift=False), sequence_logps(logits, other_labels, shift=False)
+    )
 
 
-def test_another_ignore_index() -> None:
+def test_the_ignore_index_may_be_any_label() -> None:
     logits = torch.randn(2, 4, 5)
     labels = torch.tensor([[0, 1, 2, 0], [3, 4, 0, 0]])
-    expected = sequence_logps(logits, labels.masked_fill(labels == 0, IGNORED))
+    expected = sequence_logps(logits, labels.masked_fill(labels == 0, IGNORE_INDEX))
     assert torch.equal(sequence_logps(logits, labels, ignore_index=0), expected)
 
 
-def test_the_callers_labels_and_logits_are_left_alone() -> None:
+def test_the_inputs_are_not_modified() -> None:
     logits, labels = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
-    before = logits.clone(), labels.clone()
+    logits_copy, labels_copy = logits.clone(), labels.clone()
     sequence_logps(logits.requires_grad_(), labels).sum().backward()
-    assert torch.equal(logits, before[0])
-    assert torch.equal(labels, before[1])
+    assert torch.equal(logits, logits_copy)
+    assert torch.equal(labels, labels_copy)
 
 
-def test_bfloat16_logits_keep_the_precision_of_long_answers() -> None:
-    """Summed in bfloat16, a log-prob near -400 would be off by up to 1."""
+def test_log_probs_of_bfloat16_logits_are_summed_in_float32() -> None:
+    """A sum in bfloat16 near -400 would have an error of up to 1."""
     logits = torch.randn(1, 200, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.randint(50, (1, 200), generator=torch.Generator().manual_seed(1))
-    got = sequence_logps(logits, labels, average=False)
-    assert got.item() == pytest.approx(naive(logits, labels, False, True).item(), abs=1e-3)
+    actual = sequence_logps(logits, labels, average=False)
+    expected = reference_logps(logits, labels, average=False, shift=True)
+    assert actual.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
-def test_gradcheck(average: bool, shift: bool) -> None:
+def test_sequence_log_probs_pass_gradcheck(average: bool, shift: bool) -> None:
     logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([[IGNORED, 1, 2, 3], [4, 0, IGNORED, IGNORED]])
+    labels = torch.tensor([[IGNORE_INDEX, 1, 2, 3], [4, 0, IGNORE_INDEX, IGNORE_INDEX]])
     assert gradcheck(lambda x: sequence_logps(x, labels, average=average, shift=shift), (logits,))
 
 
 def test_confident_tokens_keep_their_gradient() -> None:
-    """p > 0.99, as after training: 1 - p must not be what is left of 1 in float32."""
+    """At p > 0.99, as after training, 1 - p would lose most of its digits if p were subtracted from 1 in float32."""
     logits = torch.zeros(1, 2, 100)
     logits[0, 0, 7] = 14.0
-    labels = torch.tensor([[IGNORED, 7]])
+    labels = torch.tensor([[IGNORE_INDEX, 7]])
     single, double = (logits.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
     for x in (single, double):
         sequence_logps(x, labels).sum().backward()
@@ -128,8 +154,7 @@ def test_confident_tokens_keep_their_gradient() -> None:
     torch.testing.assert_close(single.grad.double(), double.grad, rtol=2e-3, atol=1e-10)
 
 
-def test_feeds_the_loss() -> None:
-    """Logits to loss to logits' gradient, as in a training step."""
+def test_the_loss_sends_a_gradient_back_to_the_logits() -> None:
     logits = torch.randn(4, 6, 11, requires_grad=True)
     logps = sequence_logps(logits, torch.randint(11, (4, 6)))
     amapo_loss(*logps.chunk(2)).loss.backward()
@@ -138,22 +163,29 @@ def test_feeds_the_loss() -> None:
 
 
 @every_tiling
-def test_what_does_not_count_may_be_anything(backend: str) -> None:
-    """NaN in the logits of padding, as attention may leave them; but not where a label counts."""
-    logits, labels = torch.randn(2, 4, 5), torch.tensor([[IGNORED, 1, 2, IGNORED], [IGNORED, 3, IGNORED, IGNORED]])
+def test_nonfinite_logits_matter_only_where_a_label_counts(backend: str) -> None:
+    """Attention may leave NaN at padding positions."""
+    logits = torch.randn(2, 4, 5)
     logits[0, 2:] = torch.nan
     logits[1, 0, 4] = torch.inf
+    labels = torch.tensor([[IGNORE_INDEX, 1, 2, IGNORE_INDEX], [IGNORE_INDEX, 3, IGNORE_INDEX, IGNORE_INDEX]])
     with tiled(backend) as device:
-        there = logits.to(device).requires_grad_()
-        logps = sequence_logps(there, labels.to(device))
-        (gradient,) = torch.autograd.grad(logps[0], there)
+        on_device = logits.to(device).requires_grad_()
+        logps = sequence_logps(on_device, labels.to(device))
+        (gradient,) = torch.autograd.grad(logps[0], on_device)
     assert logps.isfinite().tolist() == [True, False]
     assert gradient[0].isfinite().all()
     assert not gradient[0, 2:].any()
-    with tiled(backend) as device:  # an infinite logit of the target: all or nothing, nobody can say
-        assert sequence_logps(logits.to(device), torch.tensor([[IGNORED] * 4, [IGNORED, 4, 1, 1]], device=device))[
-            1
-        ].isnan()
+
+
+@every_tiling
+def test_an_infinite_logit_of_a_target_gives_nan(backend: str) -> None:
+    """The softmax of an infinite logit is undefined."""
+    logits = torch.randn(2, 4, 5)
+    logits[1, 0, 4] = torch.inf
+    labels = torch.tensor([[IGNORE_INDEX] * 4, [IGNORE_INDEX, 4, 1, 1]])
+    with tiled(backend) as device:
+        assert sequence_logps(logits.to(device), labels.to(device))[1].isnan()
 
 
 def test_double_backward_raises() -> None:
@@ -164,8 +196,8 @@ def test_double_backward_raises() -> None:
         gradient.sum().backward()
 
 
-def test_logits_changed_in_between_are_noticed() -> None:
-    """They are not copied; PyTorch sees that they are not what they were."""
+def test_modifying_the_logits_before_backward_raises() -> None:
+    """The logits are saved without a copy, and PyTorch notices that they have changed."""
     leaf = torch.randn(2, 4, 5, requires_grad=True)
     logits = leaf * 2
     logps = sequence_logps(logits, torch.randint(5, (2, 4)))
@@ -174,27 +206,28 @@ def test_logits_changed_in_between_are_noticed() -> None:
         logps.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises them about itself
+def test_torch_compile_has_no_graph_break() -> None:
     compiled = torch.compile(sequence_logps, fullgraph=True, backend="aot_eager")
     for n in (2, 5, 3):
         logits, labels = torch.randn(n, 6, 11, requires_grad=True), torch.randint(11, (n, 6))
-        got, expected = compiled(logits, labels), sequence_logps(logits, labels)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits) for x in (got, expected)))
+        actual, expected = compiled(logits, labels), sequence_logps(logits, labels)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits) for x in (actual, expected)))
     torch.compiler.reset()
 
 
-def test_the_operators_are_what_they_say() -> None:
-    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORED, 4], [IGNORED, 0, 2]])
-    statistics = torch.ops.amapo_loss.logit_statistics(logits, labels, IGNORED)
-    torch.library.opcheck(torch.ops.amapo_loss.logit_statistics.default, (logits, labels, IGNORED))
-    arguments = (torch.randn(6), logits, labels, IGNORED, *statistics)
+def test_the_operators_pass_opcheck() -> None:
+    """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORE_INDEX, 4], [IGNORE_INDEX, 0, 2]])
+    statistics = torch.ops.amapo_loss.logit_statistics(logits, labels, IGNORE_INDEX)
+    torch.library.opcheck(torch.ops.amapo_loss.logit_statistics.default, (logits, labels, IGNORE_INDEX))
+    arguments = (torch.randn(6), logits, labels, IGNORE_INDEX, *statistics)
     torch.library.opcheck(torch.ops.amapo_loss.logit_gradient.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_holds_nothing_of_their_size_but_their_gradient(dtype: torch.dtype) -> None:
+def test_the_gradient_is_the_only_new_tensor_of_the_size_of_the_logits(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 512, 8192).to(dtype).requires_grad_()
     labels = torch.randint(8192, (2, 512))
     with tiled("torch", 2**17):

@@ -1,100 +1,143 @@
-"""The README's Python runs as it stands there."""
+"""The Python examples of README.md and docs/ run as they stand there, and their relative links lead somewhere."""
 
 import ast
 import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from amapo_loss import amapo_loss
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_finds_them() -> None:
-    assert len(EXAMPLES) == README.count("```python") >= 4
+class Example(NamedTuple):
+    page: str
+    number: int
+    code: str
 
 
-def given(folder: Path) -> dict[str, Any]:
-    """What examples take as the reader's own; for Hugging Face's and Lightning's, as little of it as there can be."""
+EXAMPLES = [
+    Example(page.name, number, code)
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+]
+
+
+def example_containing(text: str, page: str) -> str:
+    (code,) = (example.code for example in EXAMPLES if example.page == page and text in example.code)
+    return code
+
+
+def test_all_examples_are_found() -> None:
+    assert len(EXAMPLES) == sum(page.read_text().count("```python") for page in PAGES) >= 12
+
+
+def names_of_the_reader(folder: Path) -> dict[str, Any]:
+    """Return what the examples take as the reader's own: a tiny model, a tokenizer, and a little data."""
     from benchmarks.speed.trainer import byte_tokenizer
     from tests.support.trl import pairs, tiny_llama
 
-    def batch(first: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(2, 258, (4, 9), generator=torch.Generator().manual_seed(first))
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        ids = torch.randint(2, 258, (4, 9), generator=torch.Generator().manual_seed(rows[0]))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
-    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
-        return batch(rows[0])
-
     return {
-        "model": tiny_llama(), "tokenizer": byte_tokenizer(), "dataset": pairs(4), "pairs": list(range(4)),
-        "collate": collate, "loader": torch.utils.data.DataLoader(list(range(2)), batch_size=1, collate_fn=collate),
-    }  # fmt: skip
+        "model": tiny_llama(),
+        "tokenizer": byte_tokenizer(),
+        "dataset": pairs(4),
+        "pairs": list(range(4)),
+        "collate": collate,
+        "loader": torch.utils.data.DataLoader(list(range(2)), batch_size=1, collate_fn=collate),
+        "FOLDER": str(folder),
+    }
 
 
-# Of an example that trains, what keeps it short, and on the CPU.
-SHORTER = {
-    'AMaPOConfig("out"': 'AMaPOConfig(FOLDER, use_cpu=True, bf16=False, max_steps=1, report_to="none"',
+# Replacements that keep an example that trains short, on the CPU, and inside the test's folder.
+REPLACEMENTS = {
+    'AMaPOConfig(\n    "out"': 'AMaPOConfig(FOLDER, use_cpu=True, bf16=False, max_steps=1, report_to="none"',
     'TrainingArguments("out"': 'TrainingArguments(FOLDER, use_cpu=True, max_steps=2, logging_steps=1, report_to="none"',
     "Trainer(max_epochs=1)": 'Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)',
     "Fabric()": 'Fabric(accelerator="cpu", devices=1)',
 }
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example_runs(example: str, tmp_path: Path) -> None:
-    assert example.count("\n") <= 25
-    if "model" not in {node.id for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Name)}:
-        exec(example, {})
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}-{example.number}")
+def test_the_example_runs(example: Example, tmp_path: Path) -> None:
+    code = example.code
+    assert code.count("\n") <= 25, "an example fits on one screen"
+    uses_a_model = "model" in {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    if not uses_a_model:
+        exec(code, {})
         return
     for module in ("trl", "transformers", "lightning"):
         pytest.importorskip(module)
-    for long, short in SHORTER.items():
-        example = example.replace(long, short)
-    names = given(tmp_path) | {"FOLDER": str(tmp_path)}
+    for original, replacement in REPLACEMENTS.items():
+        code = code.replace(original, replacement)
+    names = names_of_the_reader(tmp_path)
     before = names["model"].lm_head.weight.clone()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of theirs there are many
-        exec(example, names)
-    model = getattr(names["model"], "module", names["model"])  # as Fabric wraps it
-    assert not torch.equal(model.lm_head.weight, before), "it trains"
+        warnings.simplefilter("ignore")  # the frameworks warn about their own next versions
+        exec(code, names)
+    model = getattr(names["model"], "module", names["model"])  # Fabric wraps the model
+    assert not torch.equal(model.lm_head.weight, before), "the example trains the model"
 
 
-def test_takes_the_place_of_torchtunes_later_losses() -> None:
-    (example,) = (text for text in EXAMPLES if "reference.chosen_logps" in text)
+def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    first = EXAMPLES[0].code
+    exec(first, {})
+    (expected,) = re.findall(r"print\(diagnostics.margins\)  # (tensor\(.*?\)):", first)
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_the_subclass_for_torchtune_gives_the_loss_of_its_four_tensors() -> None:
     names: dict[str, Any] = {}
-    exec(example, names)
+    exec(example_containing("reference.chosen_logps", "recipes.md"), names)
     policy, reference = (
-        SimpleNamespace(
-            chosen_logps=torch.randn(4), rejected_logps=torch.randn(4), chosen_logits=None, rejected_logits=None
-        )
+        SimpleNamespace(chosen_logps=torch.randn(4), rejected_logps=torch.randn(4), chosen_logits=None)
         for _ in range(2)
     )
     losses, chosen_rewards, rejected_rewards = names["Loss"](beta=0.1)(policy, reference)
     expected = amapo_loss(
         policy.chosen_logps, policy.rejected_logps, reference.chosen_logps, reference.rejected_logps, beta=0.1
     )
-    assert torch.equal(losses.mean(), expected.loss)
+    assert torch.equal(losses.mean(), expected.loss)  # torchtune's recipes take the mean
     assert torch.equal(chosen_rewards > rejected_rewards, expected.diagnostics.scores > 0)
 
 
-def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(EXAMPLES[0], {})
-    (said,) = re.findall(r"print\(diagnostics.margins\)  # (tensor\(.*?\)):", EXAMPLES[0])
-    assert capsys.readouterr().out.startswith(said)
-
-
-def test_the_micro_batches_of_the_example_add_up() -> None:
-    (example,) = (text for text in EXAMPLES if "micro_batches" in text)
+def test_the_micro_batches_of_the_exact_example_add_up_to_the_whole_batch() -> None:
     names: dict[str, Any] = {}
-    exec(example, names)
-    got, weights = names["weights"].grad, names["weights"].detach().requires_grad_()
+    exec(example_containing("micro_batches", "statistics.md"), names)
+    accumulated, weights = names["weights"].grad, names["weights"].detach().requires_grad_()
     whole = names["amapo_loss"](names["features"] @ weights, torch.zeros(128), beta=names["beta"])
     whole.loss.backward()
-    torch.testing.assert_close(got, weights.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(accumulated, weights.grad, rtol=1e-4, atol=1e-6)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    relative = [link for link in links if not link.startswith(("http://", "https://"))]
+    for link in relative:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert target.is_relative_to(ROOT), f"{page.name} links out of the repository: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = PAGES[0].read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme

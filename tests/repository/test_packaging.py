@@ -1,10 +1,14 @@
-"""The wheel that users install, built and imported in a virtual environment of its own."""
+"""Check the wheel, what importing the package loads, its public names, and the layers of its modules."""
 
+import ast
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
 import zipfile
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -15,15 +19,56 @@ import amapo_loss
 ROOT = Path(__file__).parents[2]
 
 
+def find_source_files() -> dict[str, Path]:
+    """Return the file of each module of the package, with the name under which the module is imported as the key."""
+    files = {}
+    for folder, package in ((ROOT / "amapo_loss", "amapo_loss"), (ROOT / "kernels", "amapo_loss.kernels")):
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            files[".".join((package, *parts)).removesuffix(".__init__")] = file
+    return files
+
+
+SOURCE_FILES = find_source_files()
+
+# The kernels are private, although their names have no leading underscore.
+PUBLIC_MODULES = [
+    name
+    for name in SOURCE_FILES
+    if not name.startswith("amapo_loss.kernels") and not any(part.startswith("_") for part in name.split("."))
+]
+
+# The highest layers of the package, from the lowest of them to the highest. All other modules are below these layers. A
+# module may import only from layers below its own. "amapo_loss" is `amapo_loss/__init__.py`, which exports the public
+# names.
+LAYERS = ["amapo_loss.functional", "amapo_loss.module", "amapo_loss", "amapo_loss.trl", "amapo_loss.__main__"]
+
+
 def run(*command: str | Path, **environment: str) -> str:
+    """Return the standard output of a command, which must succeed. It runs in a folder without the source files."""
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment, cwd="/")
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
+def empty_environment(folder: Path) -> Path:
+    """Create a virtual environment without any package, and return its Python interpreter."""
+    venv.create(folder, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def path_of_torch() -> str:
+    """Return the folder that contains torch, for PYTHONPATH.
+
+    Python does not read .pth files in the folders of PYTHONPATH. So an editable installation of this package in the
+    same folder is not found.
+    """
+    return str(Path(torch.__file__).parent.parent)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the files under version control, as a release is: from a copy, so that nothing stale gets in."""
+    """Build the wheel from a copy of the source files, so that files of an earlier build cannot get into it."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("amapo_loss", "kernels", "pyproject.toml", "README.md", "LICENSE"):
         run("cp", "-r", ROOT / name, source)
@@ -32,7 +77,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_holds_one_package_and_its_types_and_licence(wheel: Path) -> None:
+def test_the_wheel_contains_one_package_with_its_types_and_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = f"amapo_loss-{amapo_loss.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"amapo_loss", info}
@@ -41,7 +86,7 @@ def test_holds_one_package_and_its_types_and_licence(wheel: Path) -> None:
     assert zipfile.ZipFile(wheel).read(f"{info}/top_level.txt").decode().split() == ["amapo_loss"]
 
 
-def test_torch_is_the_only_hard_dependency(wheel: Path) -> None:
+def test_torch_is_the_only_required_dependency(wheel: Path) -> None:
     metadata = zipfile.ZipFile(wheel).read(f"amapo_loss-{amapo_loss.__version__}.dist-info/METADATA").decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert [line.split()[1].partition(">")[0].partition("<")[0] for line in required] == ["torch"]
@@ -49,25 +94,39 @@ def test_torch_is_the_only_hard_dependency(wheel: Path) -> None:
     assert extras == {"test", "bench", "trl", "dev"}
 
 
-def test_installs_and_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path, with_pip=False)
-    python = tmp_path / "bin" / "python"
+def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    python = empty_environment(tmp_path)
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
-    # Torch alone is borrowed: a path, unlike an environment, brings no editable installation with it.
-    borrowed = str(Path(torch.__file__).parent.parent)
     code = "import amapo_loss, amapo_loss.kernels; print(amapo_loss.__file__, amapo_loss.kernels.__file__)"
-    for file in run(python, "-c", code, PYTHONPATH=borrowed).split():
+    for file in run(python, "-c", code, PYTHONPATH=path_of_torch()).split():
         assert Path(file).is_relative_to(tmp_path)
-    assert "agrees" in run(python, "-m", "amapo_loss", PYTHONPATH=borrowed)
+    assert "agrees" in run(python, "-m", "amapo_loss", PYTHONPATH=path_of_torch())
 
 
-def test_importing_takes_nothing_but_torch() -> None:
-    """With every other package it could want made unimportable."""
-    unwanted = ("triton", "trl", "transformers", "numpy", "hypothesis", "pytest", "matplotlib", "rich")
+def test_importing_a_checkout_that_is_not_installed_raises_with_instructions(tmp_path: Path) -> None:
+    python, checkout = empty_environment(tmp_path / "environment"), tmp_path / "checkout"
+    for name in ("amapo_loss", "kernels"):
+        shutil.copytree(ROOT / name, checkout / name)
+    code = """
+try:
+    import amapo_loss
+except ImportError as error:
+    print(error)
+"""
+    message = run(python, "-c", code, PYTHONPATH=os.pathsep.join([str(checkout), path_of_torch()]))
+    assert message.strip() == (
+        f"amapo_loss was imported from a checkout that is not installed ({checkout / 'amapo_loss'}): "
+        "run `pip install .` in the folder above it"
+    )
+
+
+def test_the_loss_needs_no_package_but_torch() -> None:
+    """The loss runs although the import of every other package that it could use fails."""
+    unavailable = ("triton", "trl", "transformers", "numpy", "hypothesis", "pytest", "matplotlib", "rich")
     code = f"""
 import sys, warnings
-warnings.simplefilter("ignore")  # torch's, about NumPy
-sys.modules |= dict.fromkeys({unwanted!r})
+warnings.simplefilter("ignore")  # torch warns that NumPy is missing
+sys.modules |= dict.fromkeys({unavailable!r})
 from amapo_loss import amapo_loss
 import torch
 amapo_loss(torch.zeros(3, requires_grad=True), torch.ones(3)).loss.backward()
@@ -75,8 +134,7 @@ amapo_loss(torch.zeros(3, requires_grad=True), torch.ones(3)).loss.backward()
     run(sys.executable, "-c", code)
 
 
-def test_import_is_light() -> None:
-    """What `import amapo_loss` loads beside torch is its own few modules and a little of the standard library."""
+def test_importing_loads_nothing_but_the_package_torch_and_the_standard_library() -> None:
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -86,10 +144,67 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdl
     assert run(sys.executable, "-c", code).split() == ["amapo_loss"]
 
 
-def test_public_names() -> None:
+def test_the_public_names_are_these_and_have_docstrings() -> None:
     assert set(amapo_loss.__all__) == {
-        "AMaPOLoss", "AMaPOOutput", "AdaptiveMargin", "Diagnostics", "Estimator", "ScoreStatistics", "ScoreWindow",
-        "amapo_loss", "dpo_loss", "linear_sequence_logps", "linear_token_logps", "sequence_logps", "simpo_loss",
-    }  # fmt: skip
+        "AMaPOLoss",
+        "AMaPOOutput",
+        "AdaptiveMargin",
+        "Diagnostics",
+        "Estimator",
+        "ScoreStatistics",
+        "ScoreWindow",
+        "amapo_loss",
+        "dpo_loss",
+        "linear_sequence_logps",
+        "linear_token_logps",
+        "sequence_logps",
+        "simpo_loss",
+    }
     for name in amapo_loss.__all__:
         assert (getattr(amapo_loss, name).__doc__ or "").strip(), name
+
+
+def test_the_public_modules_are_these() -> None:
+    assert set(PUBLIC_MODULES) == {
+        "amapo_loss",
+        "amapo_loss.diagnostics",
+        "amapo_loss.functional",
+        "amapo_loss.logps",
+        "amapo_loss.margin",
+        "amapo_loss.module",
+        "amapo_loss.statistics",
+        "amapo_loss.trl",
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL and its dependencies raise many warnings about themselves
+@pytest.mark.parametrize("module_name", PUBLIC_MODULES)
+def test_a_public_module_defines_no_other_public_name(module_name: str) -> None:
+    if module_name == "amapo_loss.trl":
+        pytest.importorskip("trl")
+    module = importlib.import_module(module_name)
+    defined_here = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name}
+    exported = module.__all__ if module_name == "amapo_loss.trl" else amapo_loss.__all__
+    assert {name for name in defined_here if not name.startswith("_")} <= set(exported)
+
+
+def imported_modules(module_name: str) -> set[str]:
+    """Return the modules of the package that the code of a module imports, inside its functions as well."""
+    file = SOURCE_FILES[module_name]
+    package = module_name if file.name == "__init__.py" else module_name.rpartition(".")[0]
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                submodule = f"{source}.{alias.name}"
+                imported.add(submodule if submodule in SOURCE_FILES else source)
+    return imported & SOURCE_FILES.keys()
+
+
+@pytest.mark.parametrize("module_name", SOURCE_FILES)
+def test_a_module_imports_only_from_lower_layers(module_name: str) -> None:
+    first_higher_layer = LAYERS.index(module_name) + 1 if module_name in LAYERS else 0
+    assert imported_modules(module_name).isdisjoint(LAYERS[first_higher_layer:])

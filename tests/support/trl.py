@@ -1,41 +1,64 @@
-"""A tiny Llama, pairs and a trainer for the tests that run TRL. Importing it needs TRL."""
+"""A tiny Llama, a small dataset of pairs, and an `AMaPOTrainer` for them. Depends on TRL."""
 
-import os
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from datasets import Dataset
 
 from amapo_loss.trl import AMaPOConfig, AMaPOTrainer
 from benchmarks.speed.trainer import byte_tokenizer, llama
 
-PAIRS = 24
-
 
 def tiny_llama(seed: int = 0) -> Any:
+    """Return a Llama with random weights and the vocabulary of `byte_tokenizer`."""
     return llama(258, 32, 2, seed)
 
 
-def pairs(n: int = PAIRS) -> Any:
-    """Sums, right and wrong, of several lengths."""
-    rows = [(i * 37 % 100, i * 73 % 1000) for i in range(n)]
+def pairs(n: int = 24) -> Any:
+    """Return a dataset of n additions, each with a right and a wrong response. The responses differ in length."""
+    terms = [(i * 37 % 100, i * 73 % 1000) for i in range(n)]
     return Dataset.from_list(
         [
             {"prompt": f"{a} + {b} = ", "chosen": f"{a + b}", "rejected": f"{a + b + 1}{' or so' * (a % 3)}"}
-            for a, b in rows
+            for a, b in terms
         ]
     )
 
 
-def trainer(folder: Path, model: Any = None, config: type[Any] = AMaPOConfig, **options: Any) -> Any:
-    others = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "ref_model") if name in options}
+def make_trainer(
+    folder: Path,
+    model: Any = None,
+    config_class: type[Any] = AMaPOConfig,
+    **options: Any,
+) -> Any:
+    """Return a trainer for `pairs` that is ready to train.
+
+    Args:
+        folder: where the trainer writes its checkpoints.
+        model: the model to train. None takes `tiny_llama`.
+        config_class: the class of the trainer's `args`.
+        options: arguments of `AMaPOTrainer` (`peft_config`, `eval_dataset`, `ref_model`) and options of `config_class`.
+
+    """
+    trainer_arguments = {
+        name: options.pop(name) for name in ("peft_config", "eval_dataset", "ref_model") if name in options
+    }
     defaults = {
-        "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True,
-        "bf16": False, "learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "seed": 3,
-    }  # fmt: skip
-    args = config(str(folder), **defaults | options)
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 3,
+    }
     return AMaPOTrainer(
-        model or tiny_llama(), args=args, train_dataset=pairs(), processing_class=byte_tokenizer(), **others
+        model or tiny_llama(),
+        args=config_class(str(folder), **defaults | options),
+        train_dataset=pairs(),
+        processing_class=byte_tokenizer(),
+        **trainer_arguments,
     )
