@@ -8,7 +8,7 @@ PACKAGES := amapo_loss kernels benchmarks tests
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo test lint bench head trainer estimators runs figures gpu help clean studies $(STUDIES)
+.PHONY: demo test lint bench head trainer estimators runs figures tables gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -38,6 +38,9 @@ runs: .venv/ready  ## Draw the diagnostics of a healthy run and of failing runs.
 
 figures: .venv/ready  ## Draw the margins of the two formulas.
 	$(RUN) benchmarks.figures.formulas $(ARGS)
+
+tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files of the benchmarks.
+	$(RUN) benchmarks.tables
 
 studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL= and RM_BENCH= take your own files.
 	$(RUN) benchmarks.studies all $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)

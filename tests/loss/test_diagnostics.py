@@ -1,4 +1,7 @@
-"""What a trainer logs: names, meanings, empty groups. The values are held against the oracle in test_oracle.py."""
+"""The diagnostics: their keys, their values on one batch by hand, empty groups, and non-finite pairs.
+
+test_oracle.py compares the values on generated batches.
+"""
 
 import pytest
 import torch
@@ -28,18 +31,22 @@ KEYS = [
 
 @every_backend
 @pytest.mark.parametrize("prefix", ["", "eval_"])
-def test_names(loss_fn: OnBackend, prefix: str) -> None:
+def test_the_summary_has_these_keys_with_any_prefix(loss_fn: OnBackend, prefix: str) -> None:
     summary = loss_fn(*random_logps(5), statistics=ScoreWindow(8)).diagnostics.summary(prefix)
     assert sorted(summary) == sorted(prefix + key for key in KEYS)
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in summary.values())
 
 
 @every_backend
-def test_by_hand(loss_fn: OnBackend) -> None:
-    """Scores 0.8, -0.2, 1.4 against a reference; the margin is the middle pair's alone."""
+def test_the_summary_has_the_values_computed_by_hand(loss_fn: OnBackend) -> None:
+    """The scores are 0.8, -0.2 and 1.4. The reference changes only the rewards. Only pair 1 gets a margin."""
     chosen, rejected = torch.tensor([-1.0, -1.2, -0.9]), torch.tensor([-1.4, -1.1, -1.6])
     ref = torch.full((3,), -0.5)
     summary = loss_fn(chosen, rejected, ref, ref, beta=2.0).diagnostics.summary()
+    # mean = (0.8 - 0.2 + 1.4) / 3 = 2 / 3
+    # std = sqrt((0.13333**2 + 0.86667**2 + 0.73333**2) / (3 - 1)) = 0.80829
+    # margin of pair 1 = 2 * exp((2 / 3 + 0.2) / 0.80829 * 2 / 3) = 4.08762
+    # gradient weights = sigmoid(-0.8), sigmoid(4.08762 + 0.2), sigmoid(-1.4) = 0.310026, 0.986449, 0.197816
     expected = {
         "rewards/chosen": 2 * (-3.1 / 3 + 0.5),
         "rewards/rejected": 2 * (-4.1 / 3 + 0.5),
@@ -61,24 +68,25 @@ def test_by_hand(loss_fn: OnBackend) -> None:
 
 
 @every_backend
-def test_empty_groups_are_zero(loss_fn: OnBackend) -> None:
-    chosen, rejected = torch.zeros(3), torch.ones(3)
-    all_wrong, all_right = (loss_fn(*x).diagnostics.summary() for x in ((chosen, rejected), (rejected, chosen)))
-    assert all_wrong["amapo/gradient_weight_correct"] == 0
-    assert all_right["amapo/gradient_weight_misranked"] == 0
-    assert all_wrong["rewards/accuracies"] == 0
-    assert all_right["rewards/accuracies"] == 1
+def test_the_mean_weight_of_an_empty_group_is_zero(loss_fn: OnBackend) -> None:
+    lower, higher = torch.zeros(3), torch.ones(3)
+    all_misranked = loss_fn(lower, higher).diagnostics.summary()
+    all_correct = loss_fn(higher, lower).diagnostics.summary()
+    assert all_misranked["amapo/gradient_weight_correct"] == 0
+    assert all_correct["amapo/gradient_weight_misranked"] == 0
+    assert all_misranked["rewards/accuracies"] == 0
+    assert all_correct["rewards/accuracies"] == 1
 
 
 @every_backend
-def test_a_score_of_zero_is_misranked(loss_fn: OnBackend) -> None:
+def test_a_pair_with_score_zero_is_misranked(loss_fn: OnBackend) -> None:
     summary = loss_fn(torch.zeros(2), torch.zeros(2)).diagnostics.summary()
     assert summary["rewards/accuracies"] == 0
     assert summary["amapo/gradient_weight_misranked"] == 0.5
 
 
 @every_backend
-def test_margin_accuracies_use_the_statistics_behind_the_margins(loss_fn: OnBackend) -> None:
+def test_margin_accuracies_use_the_statistics_of_the_margins(loss_fn: OnBackend) -> None:
     supplied = ScoreStatistics(torch.tensor(100.0), torch.tensor(1.0), torch.tensor(8))
     summary = loss_fn(*random_logps(6), statistics=supplied).diagnostics.summary()
     assert summary["amapo/margin_accuracies"] == 0
@@ -86,7 +94,7 @@ def test_margin_accuracies_use_the_statistics_behind_the_margins(loss_fn: OnBack
 
 
 @every_backend
-def test_nonfinite_pairs_are_counted(loss_fn: OnBackend) -> None:
+def test_the_summary_counts_nonfinite_pairs(loss_fn: OnBackend) -> None:
     chosen, rejected = (x.detach().clone() for x in random_logps(6))
     chosen[1], rejected[4], chosen[5] = float("nan"), float("inf"), float("-inf")
     assert loss_fn(chosen, rejected).diagnostics.summary()["amapo/nonfinite"] == 3

@@ -1,4 +1,4 @@
-"""Statistics over several ranks: real gloo processes against one process with all pairs."""
+"""Data parallelism: several real processes must compute what one process computes from the pairs of all of them."""
 
 import time
 from typing import Any
@@ -15,44 +15,48 @@ from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, ScoreWindow, 
 from tests.support.generators import random_logps
 from tests.support.ranks import on_ranks
 
-Pairs = list[Tensor]  # chosen and rejected log-probs
-SHARES = {
+Pairs = list[Tensor]  # chosen and rejected log-probs, [n] each
+PAIRS_PER_RANK = {  # number of pairs on each of four ranks; with fewer ranks, the first entries
     "uneven": (5, 1, 17, 64),
     "one rank empty": (5, 0, 17, 1),
     "one pair each": (1, 1, 1, 1),
     "none": (0, 0, 0, 0),
 }
+SUPPLIED = ScoreStatistics(torch.tensor(0.4), torch.tensor(1.2), torch.tensor(99))
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
     "released": {"margin": AdaptiveMargin("released"), "label_smoothing": 0.1},
-    "supplied": {"statistics": ScoreStatistics(torch.tensor(0.4), torch.tensor(1.2), torch.tensor(99))},
+    "supplied": {"statistics": SUPPLIED},
     "triton": {"backend": "triton"},
     "triton, sum": {"backend": "triton", "reduction": "sum"},
-    "triton, supplied": {
-        "backend": "triton",
-        "statistics": ScoreStatistics(torch.tensor(0.4), torch.tensor(1.2), torch.tensor(99)),
-    },
+    "triton, supplied": {"backend": "triton", "statistics": SUPPLIED},
 }
-CASES = [(share, option) for share in SHARES for option in OPTIONS]
-EQUAL, FAR = "equal scores", "a mean far larger than the spread"
+CASES = [(split, option) for split in PAIRS_PER_RANK for option in OPTIONS]
+
+# Two kinds of batches on which rounding errors would be visible, and the options that show them.
+EQUAL_SCORES, LARGE_MEAN = "equal scores", "a mean far larger than the standard deviation"
+PAIRS_PER_RANK_ROUNDING = (32, 7, 0, 61)
+OPTIONS_ROUNDING: dict[str, Any] = {"beta": 1.0, "margin": AdaptiveMargin(scaling="linear")}
 
 
-def all_pairs(n: int, kind: str = "") -> Pairs:
+def pairs_of_all_ranks(n: int, kind: str = "") -> Pairs:
     chosen, rejected = (x.detach() for x in random_logps(n))
-    if kind == EQUAL:
+    if kind == EQUAL_SCORES:
         chosen = rejected + 0.3
-    elif kind == FAR:
+    elif kind == LARGE_MEAN:
         chosen, rejected = 50 + 0.01 * chosen, torch.zeros(n)
     return [chosen, rejected]
 
 
-def part(pairs: Pairs, sizes: tuple[int, ...], rank: int) -> Pairs:
+def pairs_of_rank(pairs: Pairs, sizes: tuple[int, ...], rank: int) -> Pairs:
+    """Return the pairs of one rank, if rank k has `sizes[k]` pairs."""
     return [x.split(list(sizes))[rank].clone() for x in pairs]
 
 
-def outcome(pairs: Pairs, **options: Any) -> dict[str, Any]:
+def loss_outputs(pairs: Pairs, **options: Any) -> dict[str, Any]:
+    """Return everything that the loss computes, as tensors that can be sent to another process."""
     inputs = [x.requires_grad_() for x in pairs]
     loss, diagnostics = amapo_loss(*inputs, **options)
     return {
@@ -64,95 +68,92 @@ def outcome(pairs: Pairs, **options: Any) -> dict[str, Any]:
     }
 
 
-def every_case(rank: int, group: dist.ProcessGroup) -> dict[Any, Any]:
+def compute_all_cases(rank: int, group: dist.ProcessGroup) -> dict[Any, Any]:
+    """Return the outputs of this rank for all cases. One start of the processes serves all of them."""
     world = dist.get_world_size(group)
     results: dict[Any, Any] = {}
-    for share, option in CASES:
-        sizes = SHARES[share][:world]
-        results[share, option] = outcome(
-            part(all_pairs(sum(sizes)), sizes, rank), process_group=group, **OPTIONS[option]
-        )
-    for kind in (EQUAL, FAR):
+    for split, option in CASES:
+        sizes = PAIRS_PER_RANK[split][:world]
+        pairs = pairs_of_rank(pairs_of_all_ranks(sum(sizes)), sizes, rank)
+        results[split, option] = loss_outputs(pairs, process_group=group, **OPTIONS[option])
+    for kind in (EQUAL_SCORES, LARGE_MEAN):
         for backend in ("torch", "triton"):
-            sizes = (32, 7, 0, 61)[:world]
-            margin = AdaptiveMargin(scaling="linear")
-            results[kind, backend] = outcome(
-                part(all_pairs(sum(sizes), kind), sizes, rank),
-                beta=1.0,
-                margin=margin,
-                process_group=group,
-                backend=backend,
-            )
+            sizes = PAIRS_PER_RANK_ROUNDING[:world]
+            pairs = pairs_of_rank(pairs_of_all_ranks(sum(sizes), kind), sizes, rank)
+            results[kind, backend] = loss_outputs(pairs, process_group=group, backend=backend, **OPTIONS_ROUNDING)
     return results
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_several_ranks_are_one_process(world: int) -> None:
-    ranks = on_ranks(world, every_case)
-    for share, option in CASES:
-        sizes, options = SHARES[share][:world], OPTIONS[option]
-        ours = [rank[share, option] for rank in ranks]
-        whole = outcome(all_pairs(sum(sizes)), **options | {"backend": "torch"})
-        for other in ours[1:]:  # to the last bit
-            assert all(map(torch.equal, ours[0]["statistics"], other["statistics"]))
+def test_several_ranks_compute_what_one_process_computes(world: int) -> None:
+    results = on_ranks(world, compute_all_cases)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    for split, option in CASES:
+        sizes, options = PAIRS_PER_RANK[split][:world], OPTIONS[option]
+        ranks = [result[split, option] for result in results]
+        expected = loss_outputs(pairs_of_all_ranks(sum(sizes)), **options | {"backend": "torch"})
+        for other in ranks[1:]:  # all ranks have bitwise the same statistics
+            assert all(map(torch.equal, ranks[0]["statistics"], other["statistics"]))
         torch.testing.assert_close(
-            [x.double() for x in ours[0]["statistics"]], [x.double() for x in whole["statistics"]], rtol=1e-6, atol=1e-7
+            [x.double() for x in ranks[0]["statistics"]],
+            [x.double() for x in expected["statistics"]],
+            rtol=1e-6,
+            atol=1e-7,
         )
-        close = {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close(torch.cat([x["margins"] for x in ours]), whole["margins"], **close)
-        losses = torch.cat([x["loss"].view(-1) for x in ours])
-        gradient = torch.cat([x["gradient"] for x in ours], dim=1)
+        torch.testing.assert_close(torch.cat([x["margins"] for x in ranks]), expected["margins"], **tolerance)
+        losses = torch.cat([x["loss"].view(-1) for x in ranks])
+        gradient = torch.cat([x["gradient"] for x in ranks], dim=1)
         if options.get("reduction") == "none":
-            torch.testing.assert_close(losses, whole["loss"], **close)
+            torch.testing.assert_close(losses, expected["loss"], **tolerance)
         elif options.get("reduction") == "sum":
-            torch.testing.assert_close(losses.sum(), whole["loss"], **close)
-        else:  # what DDP's average over the ranks makes of it
-            torch.testing.assert_close(losses.mean(), whole["loss"], **close)
+            torch.testing.assert_close(losses.sum(), expected["loss"], **tolerance)
+        else:  # DDP averages the gradients over the ranks, and this average must be right
+            torch.testing.assert_close(losses.mean(), expected["loss"], **tolerance)
             gradient = gradient / world
-        torch.testing.assert_close(gradient, whole["gradient"], **close)
+        torch.testing.assert_close(gradient, expected["gradient"], **tolerance)
+
     for backend in ("torch", "triton"):
-        assert not any(rank[EQUAL, backend]["margins"].any() for rank in ranks)
-        sizes = (32, 7, 0, 61)[:world]
-        pairs = [x.double() for x in all_pairs(sum(sizes), FAR)]
-        exact = outcome(pairs, beta=1.0, margin=AdaptiveMargin(scaling="linear"))
-        margins = torch.cat([rank[FAR, backend]["margins"] for rank in ranks])
-        near = ((pairs[0] - pairs[1]) - exact["statistics"].mean).abs() < 1e-4
-        torch.testing.assert_close(margins.double()[~near], exact["margins"][~near], rtol=1e-5, atol=0)
+        assert not any(result[EQUAL_SCORES, backend]["margins"].any() for result in results)
+        pairs = [x.double() for x in pairs_of_all_ranks(sum(PAIRS_PER_RANK_ROUNDING[:world]), LARGE_MEAN)]
+        exact = loss_outputs(pairs, **OPTIONS_ROUNDING)
+        margins = torch.cat([result[LARGE_MEAN, backend]["margins"] for result in results])
+        # In float32, scores this close to the mean count as equal to it, and their margin is 0.
+        at_gate = ((pairs[0] - pairs[1]) - exact["statistics"].mean).abs() < 1e-4
+        torch.testing.assert_close(margins.double()[~at_gate], exact["margins"][~at_gate], rtol=1e-5, atol=0)
 
 
-def compiled(rank: int, group: dist.ProcessGroup) -> None:
+def compare_compiled_with_eager(rank: int, group: dist.ProcessGroup) -> None:
     sizes = (5, 3)
     for backend in ("torch", "triton"):
         options: dict[str, Any] = {"process_group": group, "backend": backend}
-        expected = outcome(part(all_pairs(8), sizes, rank), **options)
-        inputs = [x.requires_grad_() for x in part(all_pairs(8), sizes, rank)]
+        expected = loss_outputs(pairs_of_rank(pairs_of_all_ranks(8), sizes, rank), **options)
+        inputs = [x.requires_grad_() for x in pairs_of_rank(pairs_of_all_ranks(8), sizes, rank)]
         torch.compiler.reset()
         loss = torch.compile(amapo_loss, fullgraph=True, backend="aot_eager")(*inputs, **options).loss
         torch.testing.assert_close(loss.detach(), expected["loss"])
         torch.testing.assert_close(torch.stack(torch.autograd.grad(loss, inputs)), expected["gradient"])
 
 
-def test_the_collective_compiles() -> None:
-    """Into the one graph, with the rest of the loss."""
-    on_ranks(2, compiled)
+def test_the_collective_compiles_into_the_same_graph() -> None:
+    on_ranks(2, compare_compiled_with_eager)
 
 
-def never_gathers(rank: int, group: dist.ProcessGroup) -> None:
-    """Only rank 0 calls the loss: with a collective in it, it would not come back."""
+def call_the_loss_on_rank_0_only(rank: int, group: dist.ProcessGroup) -> None:
+    """A collective in the loss would wait for rank 1 until the timeout, and then raise."""
     if rank == 0:
         for statistics in (None, ScoreWindow(8), ScoreStatistics.of):
             amapo_loss(*random_logps(4), statistics=statistics)
 
 
-def test_no_collective_without_a_group() -> None:
-    on_ranks(2, never_gathers, timeout=20)
+def test_there_is_no_collective_without_a_group() -> None:
+    on_ranks(2, call_the_loss_on_rank_0_only, timeout=20)
 
 
-def windows(rank: int, group: dist.ProcessGroup) -> list[Any]:
+def update_a_window(rank: int, group: dist.ProcessGroup) -> list[Any]:
+    """Return the statistics, the state of the window and the scores of all ranks after each step."""
     window = ScoreWindow(12)
     states = []
-    for step in range(6):
-        sizes = ((3, 0), (1, 4), (0, 0), (20, 2), (2, 2), (5, 6))[step]
+    for step, sizes in enumerate(((3, 0), (1, 4), (0, 0), (20, 2), (2, 2), (5, 6))):
         scores = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
         if step == 1:
             scores[0] = float("nan")
@@ -162,72 +163,78 @@ def windows(rank: int, group: dist.ProcessGroup) -> list[Any]:
 
 
 def test_a_window_is_the_same_on_all_ranks_and_in_one_process() -> None:
-    first, second = on_ranks(2, windows)
+    first, second = on_ranks(2, update_a_window)
     window = ScoreWindow(12)
     for (statistics, state, scores), (other_statistics, other_state, _) in zip(first, second):
-        alone = window(scores)
+        expected = window(scores)
         torch.testing.assert_close(list(statistics), list(other_statistics), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(list(statistics), list(alone), rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(list(statistics), list(expected), rtol=1e-12, atol=1e-12, equal_nan=True)
         assert all(torch.equal(state[name], other_state[name]) for name in state)
-        # Of the 20 scores that one rank has in a step, it passes on the last 12: the ring may stand elsewhere.
+        # The same scores may lie at other indices of the ring buffer. In the step with 22 scores, a group counts 14 of
+        # them as seen, the last 12 of rank 0 and both of rank 1, while one process counts the last 12.
         assert torch.equal(state["scores"].sort().values, window.scores.sort().values)
 
 
-FEATURES, TARGETS = torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(0)).unbind()
+# Features of the chosen and of the rejected responses of 24 pairs, which are three batches of 8.
+CHOSEN, REJECTED = torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(0)).unbind()
 
 
-def network() -> nn.Sequential:
+def small_network() -> nn.Sequential:
+    """Return a network with the same initial weights in every call. Its outputs serve as log-probs."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
 
 
-def three_steps(model: nn.Module, rows: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Steps on these pairs of rows; a rank without any takes part all the same."""
+def train(
+    model: nn.Module,
+    batches: list[Tensor],  # the indices [n] of the pairs of each step, n >= 0
+    group: dist.ProcessGroup | None,
+) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     loss_fn = AMaPOLoss(process_group=group)
-    for of_this_step in rows:
-        both = model(torch.cat([FEATURES[of_this_step], TARGETS[of_this_step]])).squeeze(1)
-        loss, *_ = loss_fn(*both.chunk(2))
+    for indices in batches:
+        logps = model(torch.cat([CHOSEN[indices], REJECTED[indices]])).squeeze(1)
+        loss, *_ = loss_fn(*logps.chunk(2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-SPLITS = ((5, 3), (8, 0), (1, 7))
-
-
-def wrapped_training(rank: int, group: dist.ProcessGroup, wrapper: str) -> dict[str, Tensor]:
-    model = network()
-    rows = [torch.arange(8 * k, 8 * k + 8).split(split)[rank] for k, split in enumerate(SPLITS)]
+def train_wrapped(rank: int, group: dist.ProcessGroup, wrapper: str) -> dict[str, Tensor]:
+    """Train on two ranks, which share each batch of 8 pairs, and return the weights."""
+    model = small_network()
+    pairs_per_rank = ((5, 3), (8, 0), (1, 7))
+    batches = [torch.arange(24).split(8)[step].split(sizes)[rank] for step, sizes in enumerate(pairs_per_rank)]
     if wrapper == "DDP":
-        three_steps(DistributedDataParallel(model), rows, group)
+        train(DistributedDataParallel(model), batches, group)
         return {name: value.detach() for name, value in model.named_parameters()}
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    three_steps(model, rows, group)
+    train(model, batches, group)
     return {name: value.full_tensor().detach() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-def test_wrapped_models_train_as_one_process(wrapper: str) -> None:
-    alone = network()
-    three_steps(alone, list(torch.arange(24).split(8)), None)
-    for weights in on_ranks(2, wrapped_training, wrapper):
-        for name, value in alone.named_parameters():
+def test_wrapped_models_train_as_in_one_process(wrapper: str) -> None:
+    model = small_network()
+    train(model, list(torch.arange(24).split(8)), None)
+    for weights in on_ranks(2, train_wrapped, wrapper):
+        for name, value in model.named_parameters():
             torch.testing.assert_close(weights[name], value.detach(), rtol=1e-5, atol=1e-5)
-            assert not torch.equal(value, dict(network().named_parameters())[name])
+            assert not torch.equal(value, dict(small_network().named_parameters())[name])
 
 
-def test_a_rank_that_raises_leaves_nobody_hanging() -> None:
-    with pytest.raises(Exception, match=r"the score statistics of process_group could not be gathered"):
-        on_ranks(2, raising, timeout=4)
-
-
-def raising(rank: int, group: dist.ProcessGroup) -> None:
+def call_the_loss_wrongly_on_rank_1(rank: int, group: dist.ProcessGroup) -> None:
     chosen, rejected = random_logps(4)
     if rank == 1:
         with pytest.raises(ValueError, match="rejected_logps has shape"):
             amapo_loss(chosen, rejected[:3], process_group=group)
-        time.sleep(15)  # longer than the timeout of the group: it does not even hang up
+        # Rank 1 keeps its connection open for longer than the timeout of the group, so rank 0 must time out.
+        time.sleep(15)
     amapo_loss(chosen, rejected, process_group=group)
+
+
+def test_the_other_ranks_raise_if_one_rank_does_not_take_part() -> None:
+    with pytest.raises(Exception, match=r"the score statistics of process_group could not be gathered"):
+        on_ranks(2, call_the_loss_wrongly_on_rank_1, timeout=4)

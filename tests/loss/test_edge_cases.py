@@ -1,4 +1,4 @@
-"""The cases where a loss of this kind breaks: each row of the table of edge cases, over every margin."""
+"""Edge cases: one pair, equal scores, empty batches, non-finite or huge log-probs, half precision, lengths of 0."""
 
 import math
 from typing import Any
@@ -23,11 +23,11 @@ from tests.support.backends import OnBackend, every_backend, on_gpu, triton_loss
 from tests.support.generators import (
     LOSSES,
     MARGINS,
-    NO_MARGIN,
+    NO_SPREAD,
     every_loss,
     every_margin,
     random_logps,
-    statistics,
+    score_statistics,
 )
 
 
@@ -46,11 +46,21 @@ def test_one_pair_is_simpo_with_gamma_0(loss_fn: OnBackend, margin: AdaptiveMarg
 @every_backend
 @settings(max_examples=300, deadline=None)
 @given(
-    st.integers(2, 500), st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.sampled_from([0.01, 0.3, 2.0, 7.0]),
-    st.sampled_from(MARGINS), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-)  # fmt: skip
-def test_equal_scores_have_no_margins(
-    loss_fn: OnBackend, n: int, chosen: float, rejected: float, beta: float, margin: AdaptiveMargin, dtype: torch.dtype
+    st.integers(2, 500),
+    st.floats(-1e3, 1e3),
+    st.floats(-1e3, 1e3),
+    st.sampled_from([0.01, 0.3, 2.0, 7.0]),
+    st.sampled_from(MARGINS),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_equal_scores_get_no_margin(
+    loss_fn: OnBackend,
+    n: int,
+    chosen: float,
+    rejected: float,
+    beta: float,
+    margin: AdaptiveMargin,
+    dtype: torch.dtype,
 ) -> None:
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float16
@@ -61,13 +71,13 @@ def test_equal_scores_have_no_margins(
 @every_backend
 @settings(max_examples=300, deadline=None)
 @given(st.integers(2, 500), st.integers(0, 2**31), st.floats(-30, 30), st.sampled_from(MARGINS), st.booleans())
-def test_scores_equal_up_to_rounding_have_no_margins(
+def test_scores_that_differ_only_by_rounding_get_no_margin(
     loss_fn: OnBackend, n: int, seed: int, difference: float, margin: AdaptiveMargin, with_ref: bool
 ) -> None:
-    """Log-probs of all sizes whose difference would be the same, had they not been rounded to float32."""
+    """The log-probs differ from pair to pair. Their differences are the same except for the rounding to float32."""
     rng = np.random.default_rng(seed)
     rejected = rng.uniform(-900, -100, n)
-    refs = (rejected + 3.0, rejected) if with_ref else ()  # the policy's and the reference's differences cancel
+    refs = (rejected + 3.0, rejected) if with_ref else ()
     batch = [torch.tensor(x, dtype=torch.float32) for x in (rejected + difference, rejected, *refs)]
     assert not loss_fn(*batch, margin=margin).diagnostics.margins.any()
 
@@ -75,19 +85,23 @@ def test_scores_equal_up_to_rounding_have_no_margins(
 @every_backend
 @settings(deadline=None)
 @given(st.floats(-2.0, 2.0).filter(lambda x: abs(x) > 0.01), st.integers(0, 50))
-def test_pairs_at_the_mean_have_no_margin(loss_fn: OnBackend, offset: float, extra: int) -> None:
-    """Scores that lie symmetrically around one that is the mean, which no rounding of a sum can tell from it."""
-    steps = torch.cat([torch.zeros(1), *(torch.tensor([-k, k]) / 7 for k in range(1, extra + 2))])
-    margins = loss_fn(steps + offset, torch.zeros(len(steps))).diagnostics.margins
+def test_a_pair_at_the_mean_gets_no_margin(loss_fn: OnBackend, offset: float, extra_steps: int) -> None:
+    """The other scores lie symmetrically around pair 0, so its score is the mean up to the rounding of the sum."""
+    deviations = torch.cat([torch.zeros(1), *(torch.tensor([-k, k]) / 7 for k in range(1, extra_steps + 2))])
+    margins = loss_fn(deviations + offset, torch.zeros(len(deviations))).diagnostics.margins
     assert margins[0] == 0
-    assert torch.count_nonzero(margins) == extra + 1
+    # All pairs on one side get a margin: those below a positive mean, or those above a negative mean.
+    assert torch.count_nonzero(margins) == extra_steps + 1
 
 
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 2.0, 1e2])
 @pytest.mark.parametrize("formula", ["paper", "released"])
-def test_the_exponent_cap_leaves_the_gradient_alone(beta: float, formula: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cap_of_the_exponent_does_not_change_the_gradient(
+    beta: float, formula: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen, rejected = random_logps(512)
-    chosen = chosen + 3  # a mean that the released exponent, without beta, makes overflow, too
+    # The exponent of the released formula does not contain beta. A larger mean makes it reach the cap, too.
+    chosen = chosen + 3
     scale = 1e4 / beta / (chosen - rejected).abs().max().item()
     inputs = [(x.detach() * scale).requires_grad_() for x in (chosen, rejected)]
     margin = AdaptiveMargin(formula=formula)
@@ -107,14 +121,14 @@ def test_the_exponent_cap_leaves_the_gradient_alone(beta: float, formula: Any, m
 
 
 @pytest.mark.parametrize("loss_fn", [pytest.param(triton_loss, marks=on_gpu), pytest.param(two_launches, marks=on_gpu)])
-def test_the_kernel_has_the_same_cap(loss_fn: OnBackend) -> None:
+def test_the_kernel_caps_the_exponent_at_the_same_value(loss_fn: OnBackend) -> None:
     inputs = [x.detach() * 1e3 for x in random_logps(64)]
     expected = amapo_loss(*inputs).diagnostics.margins
     assert expected.max() == 2 * torch.tensor(60.0).exp()
     torch.testing.assert_close(loss_fn(*inputs).diagnostics.margins, expected, rtol=1e-3, atol=0)
 
 
-def test_a_million_capped_losses_add_up() -> None:
+def test_the_sum_of_a_million_capped_losses_is_finite() -> None:
     margins = torch.full((1_000_000,), 100.0) * torch.tensor(_reference.MAX_EXPONENT).exp()
     losses = _reference.pair_losses(torch.full_like(margins, -1e2), margins, 100.0, 0.0)
     assert losses.sum().isfinite()
@@ -122,7 +136,7 @@ def test_a_million_capped_losses_add_up() -> None:
 
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_empty_batch_backpropagates(loss_fn: Any, reduction: Any) -> None:
+def test_an_empty_batch_has_loss_zero_and_backpropagates(loss_fn: Any, reduction: Any) -> None:
     chosen, rejected = random_logps(0)
     loss, diagnostics = loss_fn(chosen, rejected, reduction=reduction)
     assert loss.sum() == 0
@@ -151,14 +165,14 @@ def test_a_nonfinite_log_prob_makes_the_loss_nan(loss_fn: Any, bad: float, side:
 @every_margin
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("n", [1, 6, 40])
-def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(
+def test_a_nonfinite_log_prob_makes_the_loss_nan_with_every_margin(
     loss_fn: OnBackend, margin: AdaptiveMargin, bad: float, n: int
 ) -> None:
     chosen, rejected = random_logps(n)
     with torch.no_grad():
         chosen[n // 2] = bad
-    for given_statistics in (None, statistics(0.3, 1.0), statistics(-0.3, 1.0)):
-        loss, diagnostics = loss_fn(chosen, rejected, margin=margin, statistics=given_statistics, reduction="none")
+    for supplied in (None, score_statistics(0.3, 1.0), score_statistics(-0.3, 1.0)):
+        loss, diagnostics = loss_fn(chosen, rejected, margin=margin, statistics=supplied, reduction="none")
         assert loss.isnan().all()
         assert diagnostics.summary()["amapo/margin_max"].isnan()
     ref = (torch.zeros(n).index_fill(0, torch.tensor(n // 2), bad), torch.zeros(n))
@@ -169,30 +183,30 @@ def test_a_nonfinite_log_prob_makes_every_margins_loss_nan(
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(loss_fn: Any, dtype: torch.dtype) -> None:
-    half = [x.detach().to(dtype).requires_grad_() for x in random_logps(33)]
-    single = [x.detach().float().requires_grad_() for x in half]
-    output, expected = loss_fn(*half), loss_fn(*single)
+    half_inputs = [x.detach().to(dtype).requires_grad_() for x in random_logps(33)]
+    float32_inputs = [x.detach().float().requires_grad_() for x in half_inputs]
+    output, expected = loss_fn(*half_inputs), loss_fn(*float32_inputs)
     assert output.loss.dtype == torch.float32
     assert torch.equal(output.loss, expected.loss)
     output.loss.backward()
     expected.loss.backward()
-    for x, y in zip(half, single):
-        assert x.grad is not None
-        assert y.grad is not None
-        assert x.grad.dtype == dtype
-        assert torch.equal(x.grad, y.grad.to(dtype))
+    for half, float32 in zip(half_inputs, float32_inputs):
+        assert half.grad is not None
+        assert float32.grad is not None
+        assert half.grad.dtype == dtype
+        assert torch.equal(half.grad, float32.grad.to(dtype))
 
 
 @every_loss
 def test_autocast_changes_nothing(loss_fn: Any) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         inputs = [x.detach().to(dtype) for x in random_logps(33)]
-        plain = loss_fn(*inputs)
+        expected = loss_fn(*inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = loss_fn(*inputs)
-        assert cast.loss.dtype == torch.float32
-        assert torch.equal(cast.loss, plain.loss)
-        assert torch.equal(cast.diagnostics.margins, plain.diagnostics.margins)
+            actual = loss_fn(*inputs)
+        assert actual.loss.dtype == torch.float32
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(actual.diagnostics.margins, expected.diagnostics.margins)
 
 
 def test_mixed_dtypes_are_computed_in_the_widest() -> None:
@@ -209,9 +223,10 @@ def test_float64_stays_float64(loss_fn: Any) -> None:
     assert {x.dtype for x in tensors} == {torch.float64}
 
 
-# The adaptive margin is a constant to autograd, but not to finite differences: they need one that is fixed.
+# Autograd treats the adaptive margin as a constant, but finite differences do not. Here all margins are constant, so
+# that gradcheck can compare the two.
 CONSTANT_MARGINS: dict[str, Any] = {
-    "amapo": lambda *x, **o: amapo_loss(*x, statistics=NO_MARGIN, **o).loss,
+    "amapo": lambda *x, **o: amapo_loss(*x, statistics=NO_SPREAD, **o).loss,
     "simpo": lambda *x, **o: simpo_loss(*x, gamma=0.7, **o).loss,
     "dpo": lambda *x, **o: dpo_loss(*x, *torch.zeros(2, 5, dtype=torch.float64), **o).loss,
 }
@@ -220,7 +235,9 @@ CONSTANT_MARGINS: dict[str, Any] = {
 @pytest.mark.parametrize("loss_fn", CONSTANT_MARGINS.values(), ids=CONSTANT_MARGINS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_gradients_of_both_orders(loss_fn: Any, reduction: Any, label_smoothing: float) -> None:
+def test_first_and_second_derivatives_match_finite_differences(
+    loss_fn: Any, reduction: Any, label_smoothing: float
+) -> None:
     inputs = [x.detach().double().requires_grad_() for x in random_logps(5)]
 
     def loss(*x: torch.Tensor) -> torch.Tensor:
@@ -232,13 +249,13 @@ def test_gradients_of_both_orders(loss_fn: Any, reduction: Any, label_smoothing:
 
 
 @every_margin
-def test_second_derivative_is_that_of_the_objective(margin: AdaptiveMargin) -> None:
+def test_the_second_derivative_treats_the_margin_as_a_constant(margin: AdaptiveMargin) -> None:
     chosen, rejected = (x.detach().double().requires_grad_() for x in random_logps(9))
     loss, diagnostics = amapo_loss(chosen, rejected, beta=2.0, margin=margin, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, chosen, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), chosen)
     w = diagnostics.gradient_weights
-    torch.testing.assert_close(second, 4 * w * (1 - w))
+    torch.testing.assert_close(second, 4 * w * (1 - w))  # beta**2 * sigmoid'(h - r)
 
 
 @every_backend
@@ -250,11 +267,11 @@ def test_a_length_of_zero_counts_as_one(loss_fn: OnBackend) -> None:
     assert torch.equal(with_zero.loss, with_one.loss)
 
 
-def test_statistics_of_another_dtype_are_converted() -> None:
+def test_supplied_statistics_may_have_another_dtype() -> None:
     inputs = [x.double() for x in random_logps(6)]
-    singles = statistics(0.5, 1.0)
-    doubles = ScoreStatistics(singles.mean.double(), singles.std.double(), singles.count)
-    losses = [amapo_loss(*inputs, statistics=given_statistics).loss for given_statistics in (singles, doubles)]
+    in_float32 = score_statistics(0.5, 1.0)
+    in_float64 = ScoreStatistics(in_float32.mean.double(), in_float32.std.double(), in_float32.count)
+    losses = [amapo_loss(*inputs, statistics=supplied).loss for supplied in (in_float32, in_float64)]
     assert torch.equal(*losses)
 
 

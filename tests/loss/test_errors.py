@@ -1,4 +1,4 @@
-"""Every wrong argument raises one sentence that names it, what came and what is expected."""
+"""Every wrong argument raises an exception whose message names it, what it got and what it expects."""
 
 import math
 import re
@@ -25,8 +25,10 @@ LOGPS = torch.linspace(-2, -1, 4)
 STATISTICS = ScoreStatistics(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(4))
 META = torch.device("meta")
 
-# Wrong arguments, the exception, and what its sentence must say: the argument, what came, what is expected.
-TENSORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+# The wrong arguments, the exception, and a part of its message.
+Case = tuple[dict[str, Any], type[Exception], str]
+
+PAIR_TENSORS: list[Case] = [
     ({"chosen_logps": [1.0]}, TypeError, "chosen_logps must be a floating tensor, got list"),
     ({"chosen_logps": None}, TypeError, "chosen_logps must be a floating tensor, got NoneType"),
     ({"rejected_logps": LOGPS.long()}, TypeError, "floating tensor, got a tensor of torch.int64"),
@@ -45,8 +47,9 @@ TENSORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chosen_lengths": 3, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or floating"),
     ({"chosen_lengths": LOGPS > 0, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or"),
     ({"chosen_lengths": LOGPS, "rejected_lengths": LOGPS[None]}, ValueError, "rejected_lengths has shape (1, 4)"),
-]  # fmt: skip
-OBJECTIVE: list[tuple[dict[str, Any], type[Exception], str]] = [
+]
+PAIR_TENSORS_WITHOUT_REF = [case for case in PAIR_TENSORS if not any("ref" in name for name in case[0])]
+OPTIONS_OF_ALL_LOSSES: list[Case] = [
     ({"beta": 0}, ValueError, "beta must be > 0 and finite, got 0"),
     ({"beta": -1.0}, ValueError, "beta must be > 0 and finite, got -1.0"),
     ({"beta": math.nan}, ValueError, "beta must be > 0 and finite, got nan"),
@@ -61,8 +64,8 @@ OBJECTIVE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": None}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got None"),
     ({"reduction": ["mean"]}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got ['mean']"),
 ]
-OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    *OBJECTIVE,
+AMAPO_OPTIONS: list[Case] = [
+    *OPTIONS_OF_ALL_LOSSES,
     ({"margin": 0.5}, TypeError, "margin must be an AdaptiveMargin, got float"),
     ({"margin": None}, TypeError, "margin must be an AdaptiveMargin, got NoneType"),
     ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
@@ -74,57 +77,65 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"process_group": -100}, TypeError, "process_group must be a torch.distributed group that this rank belongs to"),
     ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
 ]
-SUPPLIED: list[tuple[dict[str, Any], type[Exception], str]] = [
+SUPPLIED_STATISTICS: list[Case] = [
     ({"statistics": STATISTICS._replace(mean=0.0)}, TypeError, "statistics.mean must be a floating tensor, got float"),
     ({"statistics": STATISTICS._replace(std=LOGPS)}, ValueError, "statistics.std must be 0-dim on cpu, got shape (4,)"),
     ({"statistics": STATISTICS._replace(mean=torch.empty((), device=META))}, ValueError, "got shape () on meta"),
-    ({"statistics": lambda *_: 1.0}, TypeError, "the estimator in statistics must return ScoreStatistics, got float"),
+    (
+        {"statistics": lambda *_: 1.0},
+        TypeError,
+        "the callable passed as statistics must return ScoreStatistics, got float",
+    ),
     ({"statistics": lambda r, _: STATISTICS._replace(std=r)}, ValueError, "statistics.std must be 0-dim on cpu, got"),
     ({"statistics": ScoreWindow(8).to(META)}, ValueError, "scores is on cpu, expected the device of the window, meta"),
-]  # fmt: skip
+]
 
 
-def table(*rows: list[tuple[dict[str, Any], type[Exception], str]]) -> pytest.MarkDecorator:
-    cases = [case for table in rows for case in table]
+def with_each_of(*tables: list[Case]) -> pytest.MarkDecorator:
+    """Run a test with every case of the tables."""
+    cases = [case for table in tables for case in table]
     return pytest.mark.parametrize(("wrong", "error", "message"), cases, ids=[message for *_, message in cases])
 
 
 def raises(error: type[Exception], message: str) -> Any:
+    """Expect the exception, with `message` somewhere in its message."""
     return pytest.raises(error, match=re.escape(message))
 
 
-@table(TENSORS, OPTIONS, SUPPLIED)
-def test_amapo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+@with_each_of(PAIR_TENSORS, AMAPO_OPTIONS, SUPPLIED_STATISTICS)
+def test_amapo_loss_rejects_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with raises(error, message):
         amapo_loss(**{"chosen_logps": LOGPS, "rejected_logps": LOGPS} | wrong)
 
 
-@table(OPTIONS)
-def test_module_raises_on_construction(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+@with_each_of(AMAPO_OPTIONS)
+def test_the_module_rejects_wrong_options_on_construction(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with raises(error, message):
         AMaPOLoss(**wrong)
 
 
-@table([row for row in TENSORS if not any("ref" in name for name in row[0])], OBJECTIVE)
-def test_simpo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+@with_each_of(PAIR_TENSORS_WITHOUT_REF, OPTIONS_OF_ALL_LOSSES)
+def test_simpo_loss_rejects_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with raises(error, message):
         simpo_loss(**{"chosen_logps": LOGPS, "rejected_logps": LOGPS} | wrong)
 
 
 @pytest.mark.parametrize(("gamma", "error"), [(math.inf, ValueError), (math.nan, ValueError), ("1", TypeError)])
-def test_simpo_gamma(gamma: Any, error: type[Exception]) -> None:
+def test_simpo_loss_rejects_a_wrong_gamma(gamma: Any, error: type[Exception]) -> None:
     with raises(error, "gamma must be "):
         simpo_loss(LOGPS, LOGPS, gamma=gamma)
 
 
-@table([row for row in TENSORS if not any("ref" in name for name in row[0])], OBJECTIVE)
-def test_dpo_loss(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+@with_each_of(PAIR_TENSORS_WITHOUT_REF, OPTIONS_OF_ALL_LOSSES)
+def test_dpo_loss_rejects_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     with raises(error, message):
         dpo_loss(**dict.fromkeys(names, LOGPS) | wrong)
 
 
-def test_dpo_needs_its_reference() -> None:
+def test_dpo_loss_requires_both_references() -> None:
     with raises(TypeError, "ref_chosen_logps must be a floating tensor, got NoneType"):
         dpo_loss(LOGPS, LOGPS, None, None)
     with raises(ValueError, "ref_chosen_logps was given without ref_rejected_logps"):
@@ -141,7 +152,7 @@ def test_dpo_needs_its_reference() -> None:
         ({"clip": None}, TypeError, "clip must be True or False, got None"),
     ],
 )
-def test_adaptive_margin(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_adaptive_margin_rejects_wrong_options(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with raises(error, message):
         AdaptiveMargin(**wrong)
 
@@ -154,7 +165,7 @@ def test_adaptive_margin(wrong: dict[str, Any], error: type[Exception], message:
         (LOGPS[None], ValueError, "scores must be 1-D with one entry per pair, got shape (1, 4)"),
     ],
 )
-def test_score_statistics(scores: Any, error: type[Exception], message: str) -> None:
+def test_score_statistics_reject_wrong_scores(scores: Any, error: type[Exception], message: str) -> None:
     with raises(error, message):
         ScoreStatistics.of(scores)
 
@@ -167,12 +178,12 @@ def test_score_statistics(scores: Any, error: type[Exception], message: str) -> 
         (True, TypeError, "size must be an int, got bool"),
     ],
 )
-def test_score_window(size: Any, error: type[Exception], message: str) -> None:
+def test_a_score_window_rejects_a_wrong_size(size: Any, error: type[Exception], message: str) -> None:
     with raises(error, message):
         ScoreWindow(size)
 
 
-def test_score_window_takes_no_state_of_another_size() -> None:
+def test_a_score_window_rejects_the_state_of_another_size() -> None:
     with raises(RuntimeError, "size mismatch for scores"):
         ScoreWindow(4).load_state_dict(ScoreWindow(5).state_dict())
 
@@ -192,15 +203,16 @@ LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         (LOGITS, LABELS + 5, IndexError, "token ids must be in [0, 5), got 5"),
         (LOGITS, LABELS - 1, IndexError, "token ids must be in [0, 5), got -1"),
     ],
-)  # fmt: skip
-def test_sequence_logps(logits: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str) -> None:
+)
+def test_sequence_logps_rejects_wrong_arguments(
+    logits: torch.Tensor, labels: torch.Tensor, error: type[Exception], message: str
+) -> None:
     with raises(error, message):
         sequence_logps(logits, labels)
 
 
-HEAD = {"hidden": torch.zeros(3, 8), "weight": torch.zeros(5, 8), "targets": torch.zeros(3, dtype=torch.int64)}
-HIDDEN, WEIGHT, TARGETS = HEAD.values()
-OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
+HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 8), torch.zeros(5, 8), torch.zeros(3, dtype=torch.int64)
+LINEAR_HEAD: list[Case] = [
     ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a floating tensor, got a tensor of torch.int64"),
     ({"weight": None}, TypeError, "weight must be a floating tensor, got NoneType"),
     ({"weight": torch.nn.Linear(8, 5)}, TypeError, "weight must be a floating tensor, got Linear"),
@@ -227,14 +239,14 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"final_logit_softcapping": 0}, ValueError, "final_logit_softcapping must be > 0 and finite, got 0"),
     ({"final_logit_softcapping": WEIGHT}, TypeError, "final_logit_softcapping must be a Python number, got a tensor"),
 ]
-OF_TOKENS: list[tuple[dict[str, Any], type[Exception], str]] = [
+TOKENS: list[Case] = [
     ({"targets": TARGETS.int()}, TypeError, "targets must be an int64 tensor, got a tensor of torch.int32"),
     ({"targets": TARGETS[:2]}, ValueError, "targets must be (3,), one entry per hidden state, got shape (2,)"),
     ({"targets": TARGETS.to(META)}, ValueError, "targets is on meta, expected the device of hidden, cpu"),
     ({"targets": TARGETS + 5}, IndexError, "token ids must be in [0, 5), got 5"),
     ({"hidden": HIDDEN[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (8,) and (5, 8)"),
 ]
-OF_SEQUENCES: list[tuple[dict[str, Any], type[Exception], str]] = [
+SEQUENCES: list[Case] = [
     ({"labels": TARGETS}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (1, 3, 8) and (3,)"),
     ({"hidden": HIDDEN}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (3, 8) and (1, 3)"),
     ({"labels": TARGETS[None].float()}, TypeError, "labels must be an int64 tensor, got a tensor of torch.float32"),
@@ -243,19 +255,24 @@ OF_SEQUENCES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@table(OF_BOTH, OF_TOKENS)
-def test_linear_token_logps(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+@with_each_of(LINEAR_HEAD, TOKENS)
+def test_linear_token_logps_rejects_wrong_arguments(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with raises(error, message):
-        linear_token_logps(**HEAD | wrong)
+        linear_token_logps(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS} | wrong)
 
 
-@table([row for row in OF_BOTH if "hidden" not in row[0] and "(3, 8)" not in row[2]], OF_SEQUENCES)
-def test_linear_sequence_logps(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+# The cases of `LINEAR_HEAD` that are left out contain a hidden state, or its shape, without the sequence dimension.
+@with_each_of([case for case in LINEAR_HEAD if "hidden" not in case[0] and "(3, 8)" not in case[2]], SEQUENCES)
+def test_linear_sequence_logps_rejects_wrong_arguments(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with raises(error, message):
         linear_sequence_logps(**{"hidden": HIDDEN[None], "weight": WEIGHT, "labels": TARGETS[None]} | wrong)
 
 
-def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_says_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for construct in (lambda: amapo_loss(LOGPS, LOGPS, backend="triton"), lambda: AMaPOLoss(backend="triton")):
@@ -264,10 +281,10 @@ def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
     with raises(RuntimeError, "backend='triton' cannot run: Triton is not installed: `pip install triton`, or use"):
         amapo_loss(LOGPS, LOGPS, backend="triton")
-    assert amapo_loss(LOGPS, LOGPS).loss.isfinite()  # auto
+    assert amapo_loss(LOGPS, LOGPS).loss.isfinite()  # backend="auto" takes torch
 
 
-def test_triton_says_what_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_says_what_triton_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
     with raises(ValueError, "backend='triton' computes in float32, got float64 log-probs: use backend='torch' or"):
         amapo_loss(LOGPS, LOGPS.double(), backend="triton")

@@ -1,15 +1,15 @@
-"""`AMaPOLoss` in the place of the DPO losses people have."""
+"""The module `AMaPOLoss`, called as OpenRLHF and torchtune call their DPO losses."""
 
 import inspect
 
 import torch
 
 from amapo_loss import AdaptiveMargin, AMaPOLoss, amapo_loss
-from tests.support.generators import random_logps, statistics
+from tests.support.generators import random_logps, score_statistics
 
 
-def test_called_as_openrlhf_calls_its_dpo_loss() -> None:
-    """loss, chosen_reward, reject_reward = loss_fn(chosen, rejected, reference_chosen, reference_rejected)"""
+def test_openrlhf_can_call_it_in_place_of_its_dpo_loss() -> None:
+    """OpenRLHF runs `loss, chosen_reward, reject_reward = loss_fn(chosen, rejected, ref_chosen, ref_rejected)`."""
     policy, ref = random_logps(6), random_logps(6, seed=1)
     loss_fn = AMaPOLoss(0.1, label_smoothing=0.05)
     loss, chosen_reward, rejected_reward = loss_fn(policy[0], policy[1], ref[0], ref[1])
@@ -21,8 +21,8 @@ def test_called_as_openrlhf_calls_its_dpo_loss() -> None:
     assert policy[0].grad is not None
 
 
-def test_called_as_torchtunes_recipes_call_their_loss() -> None:
-    """loss, chosen_rewards, rejected_rewards = loss_fn(four log-probs); loss = loss.mean(); of torchtune 0.6."""
+def test_torchtune_can_call_it_in_place_of_its_dpo_loss() -> None:
+    """torchtune 0.6 runs `loss, chosen_rewards, rejected_rewards = loss_fn(...)` and then `loss = loss.mean()`."""
     policy, ref = random_logps(6), random_logps(6, seed=1)
     expected = amapo_loss(*policy, *ref, beta=0.1)
     for reduction in ("mean", "none"):
@@ -31,14 +31,14 @@ def test_called_as_torchtunes_recipes_call_their_loss() -> None:
         assert torch.equal(chosen_rewards > rejected_rewards, expected.diagnostics.scores > 0)
 
 
-def test_called_by_keyword_with_lengths() -> None:
+def test_accepts_log_probs_and_lengths_by_keyword() -> None:
     chosen, rejected = random_logps(6)
     lengths = {"chosen_lengths": torch.arange(1, 7), "rejected_lengths": torch.arange(2, 8)}
     loss, *_ = AMaPOLoss()(policy_chosen_logps=chosen, policy_rejected_logps=rejected, **lengths)
     assert torch.equal(loss, amapo_loss(chosen, rejected, **lengths).loss)
 
 
-def test_takes_every_option_of_the_function() -> None:
+def test_has_every_option_of_amapo_loss_with_the_same_default() -> None:
     tensors = [
         "chosen_logps",
         "rejected_logps",
@@ -53,16 +53,20 @@ def test_takes_every_option_of_the_function() -> None:
     assert {name: module[name].default for name in module} == {name: function[name].default for name in module}
 
 
-def test_passes_every_option_on() -> None:
+def test_passes_every_option_to_amapo_loss() -> None:
     inputs = random_logps(6)
     options = {
-        "beta": 1.5, "label_smoothing": 0.1, "margin": AdaptiveMargin("released", scaling="linear"),
-        "statistics": statistics(0.2, 1.3), "reduction": "none", "backend": "torch",
-    }  # fmt: skip
+        "beta": 1.5,
+        "label_smoothing": 0.1,
+        "margin": AdaptiveMargin("released", scaling="linear"),
+        "statistics": score_statistics(0.2, 1.3),
+        "reduction": "none",
+        "backend": "torch",
+    }
     assert torch.equal(AMaPOLoss(**options)(*inputs)[0], amapo_loss(*inputs, **options).loss)
 
 
-def test_keeps_the_last_calls_diagnostics() -> None:
+def test_keeps_the_diagnostics_of_the_last_call() -> None:
     loss_fn = AMaPOLoss()
     assert loss_fn.diagnostics is None
     loss_fn(*random_logps(4))

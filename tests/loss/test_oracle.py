@@ -1,4 +1,7 @@
-"""The library against the independent float64 oracle of `tests.support.oracle`, on generated batches."""
+"""The library must agree with the independent oracle of `tests.support.oracle` on generated batches.
+
+The last two tests check the oracle itself.
+"""
 
 import math
 from typing import Any
@@ -10,20 +13,43 @@ from hypothesis import strategies as st
 
 from amapo_loss import AdaptiveMargin, ScoreStatistics, dpo_loss, simpo_loss
 from tests.support.backends import OnBackend, every_backend
-from tests.support.generators import MARGINS, as_float64, batches, dtypes, options, tensors, unit_of
-from tests.support.oracle import Array, assert_matches, oracle
+from tests.support.generators import (
+    MARGINS,
+    Batch,
+    Options,
+    as_float64,
+    batches,
+    dtypes,
+    loss_options,
+    to_tensors,
+    unit_of,
+)
+from tests.support.oracle import assert_matches, oracle
 
 
 @every_backend
 @settings(max_examples=400, deadline=None)
 @given(
-    batches(), st.sampled_from(MARGINS), options, dtypes, st.booleans(), st.booleans(),
-    st.sampled_from(["mean", "sum", "none"]), st.integers(0, 2**31),
-)  # fmt: skip
-def test_amapo(
-    loss_fn: OnBackend, batch: tuple[Array, Array], margin: AdaptiveMargin, options: dict[str, float],
-    dtype: torch.dtype, with_ref: bool, with_lengths: bool, reduction: Any, seed: int,
-) -> None:  # fmt: skip
+    batches(),
+    st.sampled_from(MARGINS),
+    loss_options,
+    dtypes,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.integers(0, 2**31),
+)
+def test_amapo_loss_agrees_with_the_oracle(
+    loss_fn: OnBackend,
+    batch: Batch,
+    margin: AdaptiveMargin,
+    options: Options,
+    dtype: torch.dtype,
+    with_ref: bool,
+    with_lengths: bool,
+    reduction: Any,
+    seed: int,
+) -> None:
     chosen, rejected = batch
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float32
@@ -32,7 +58,7 @@ def test_amapo(
     rng = np.random.default_rng(seed)
     n = len(chosen)
     noise = np.abs(chosen).mean() * rng.normal(0, 0.3, (2, n))
-    given = tensors(
+    logps = to_tensors(
         {
             "chosen_logps": chosen,
             "rejected_logps": rejected,
@@ -41,69 +67,78 @@ def test_amapo(
         },
         dtype,
     )
-    sizes = (
+    lengths = (
         {"chosen_lengths": rng.integers(0, 50, n), "rejected_lengths": rng.integers(1, 50, n)} if with_lengths else {}
     )
-    if not all(tensor.isfinite().all() for tensor in given.values()):
-        return  # float16 overflowed: the edge table's case
-    arrays = {name.removesuffix("_logps"): array for name, array in as_float64(given).items()}
+    if not all(tensor.isfinite().all() for tensor in logps.values()):
+        return  # float16 has overflowed; test_edge_cases.py covers log-probs that are not finite
     unit = unit_of(dtype)
-    expected = oracle(**arrays, **{k: v.astype(float) for k, v in sizes.items()}, **options, margin=margin, unit=unit)
+    expected = oracle(
+        **{name.removesuffix("_logps"): array for name, array in as_float64(logps).items()},
+        **{name: array.astype(float) for name, array in lengths.items()},
+        **options,
+        margin=margin,
+        unit=unit,
+    )
     for name in ("chosen_logps", "rejected_logps"):
-        given[name].requires_grad_()
-    lengths = {name: torch.tensor(size) for name, size in sizes.items()}
-    actual = loss_fn(**given, **lengths, **options, margin=margin, reduction=reduction)
-    assert_matches(actual, given, expected, reduction, unit)
+        logps[name].requires_grad_()
+    length_tensors = {name: torch.tensor(array) for name, array in lengths.items()}
+    actual = loss_fn(**logps, **length_tensors, **options, margin=margin, reduction=reduction)
+    assert_matches(actual, logps, expected, reduction, unit)
 
 
 @every_backend
 @settings(max_examples=60, deadline=None)
-@given(batches(), st.sampled_from(MARGINS), options, st.floats(-2, 2), st.floats(0.01, 3))
-def test_amapo_with_supplied_statistics(
+@given(batches(), st.sampled_from(MARGINS), loss_options, st.floats(-2, 2), st.floats(0.01, 3))
+def test_amapo_loss_with_supplied_statistics_agrees_with_the_oracle(
     loss_fn: OnBackend,
-    batch: tuple[Array, Array],
+    batch: Batch,
     margin: AdaptiveMargin,
-    options: dict[str, float],
+    options: Options,
     mean: float,
     std: float,
 ) -> None:
-    scale = float(np.abs(batch).max())  # statistics in the range of the batch, but not its own
-    supplied = [float(np.float32(options["beta"] * scale * value)) for value in (mean, std)]
-    statistics = ScoreStatistics(torch.tensor(supplied[0]), torch.tensor(supplied[1]), torch.tensor(128))
-    given = tensors({"chosen_logps": batch[0], "rejected_logps": batch[1]}, torch.float32)
-    expected = oracle(*as_float64(given).values(), **options, margin=margin, statistics=tuple(supplied), unit=2.0**-23)
+    # The supplied statistics are of the size of the scores, but they are not those of the batch.
+    scale = float(np.abs(batch).max())
+    mean, std = (float(np.float32(options["beta"] * scale * value)) for value in (mean, std))
+    statistics = ScoreStatistics(torch.tensor(mean), torch.tensor(std), torch.tensor(128))
+    logps = to_tensors({"chosen_logps": batch[0], "rejected_logps": batch[1]}, torch.float32)
+    expected = oracle(*as_float64(logps).values(), **options, margin=margin, statistics=(mean, std), unit=2.0**-23)
     for name in ("chosen_logps", "rejected_logps"):
-        given[name].requires_grad_()
-    actual = loss_fn(**given, **options, margin=margin, statistics=statistics)
-    expected.summary["amapo/score_mean"] = (supplied[0], 0.0)
-    expected.summary["amapo/score_std"] = (supplied[1], 0.0)
-    assert_matches(actual, given, expected, "mean", 2.0**-23)
+        logps[name].requires_grad_()
+    actual = loss_fn(**logps, **options, margin=margin, statistics=statistics)
+    expected.summary["amapo/score_mean"] = (mean, 0.0)
+    expected.summary["amapo/score_std"] = (std, 0.0)
+    assert_matches(actual, logps, expected, "mean", 2.0**-23)
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches(), options, st.sampled_from([None, 0.0, 0.5, -1.5, 5.0]), st.sampled_from(["mean", "sum", "none"]))
-def test_dpo_and_simpo(
-    batch: tuple[Array, Array], options: dict[str, float], gamma: float | None, reduction: Any
+@given(batches(), loss_options, st.sampled_from([None, 0.0, 0.5, -1.5, 5.0]), st.sampled_from(["mean", "sum", "none"]))
+def test_dpo_and_simpo_agree_with_the_oracle(
+    batch: Batch, options: Options, gamma: float | None, reduction: Any
 ) -> None:
-    """`gamma` None: DPO. Both are the unified objective with a constant margin."""
+    """Both losses have a constant margin: `gamma` for SimPO, and 0 for DPO, which runs if `gamma` is None."""
     ref = batch[0] * 0.9 if gamma is None else None
-    given = tensors(
+    logps = to_tensors(
         {"chosen_logps": batch[0], "rejected_logps": batch[1], "ref_chosen_logps": ref, "ref_rejected_logps": ref},
         torch.float32,
     )
-    expected = oracle(*as_float64(given).values(), **options, margin=gamma or 0.0, unit=2.0**-23)
+    expected = oracle(*as_float64(logps).values(), **options, margin=gamma or 0.0, unit=2.0**-23)
     for name in ("chosen_logps", "rejected_logps"):
-        given[name].requires_grad_()
+        logps[name].requires_grad_()
     actual = (
-        dpo_loss(**given, **options, reduction=reduction)
+        dpo_loss(**logps, **options, reduction=reduction)
         if gamma is None
-        else simpo_loss(**given, **options, gamma=gamma, reduction=reduction)
+        else simpo_loss(**logps, **options, gamma=gamma, reduction=reduction)
     )
-    assert_matches(actual, given, expected, reduction, 2.0**-23)
+    assert_matches(actual, logps, expected, reduction, 2.0**-23)
 
 
-def test_oracle_lets_almost_nobody_off() -> None:
-    """The bounds are worth something: on plain batches nearly every margin and weight is known to four digits."""
+def test_the_intervals_of_the_oracle_are_narrow() -> None:
+    """On ordinary batches, at most 1% of the pairs are at the gate. Nearly all other intervals are at most 1e-4 wide.
+
+    Wide intervals would let the tests above pass whatever the library computes.
+    """
     rng = np.random.default_rng(0)
     for margin in MARGINS:
         chosen, rejected = rng.normal([[-0.7], [-1.0]], 0.5, (2, 512)).astype(np.float32).astype(float)
@@ -111,12 +146,15 @@ def test_oracle_lets_almost_nobody_off() -> None:
         assert expected.at_gate.mean() <= 0.01, margin
         margin_width = expected.margins.high - expected.margins.low
         weight_width = expected.weights.high - expected.weights.low
-        known = (margin_width <= 1e-4 * np.maximum(expected.margins.high, 1)) & (weight_width <= 1e-4)
-        assert np.mean(known & ~expected.at_gate) >= 0.98, margin
+        narrow = (margin_width <= 1e-4 * np.maximum(expected.margins.high, 1)) & (weight_width <= 1e-4)
+        assert np.mean(narrow & ~expected.at_gate) >= 0.98, margin
 
 
-def test_oracle_by_hand() -> None:
-    """Three pairs, worked with a pocket calculator: scores 0.8, -0.2, 1.4; mean 2/3, std 0.80829."""
+def test_the_oracle_gives_the_values_computed_by_hand() -> None:
+    """The scores are 0.8, -0.2 and 1.4, so their mean is 0.6666667 and pair 1 lies 0.8666667 below it.
+
+    The standard deviation is 0.8082904. test_by_hand.py compares the oracle with more batches, to four decimals.
+    """
     chosen, rejected = np.array([-1.0, -1.2, -0.9]), np.array([-1.4, -1.1, -1.6])
     expected = oracle(chosen, rejected, beta=2.0, margin=MARGINS[0], unit=2.0**-52)
     margin = 2 * math.exp(0.8666667 / 0.8082904 * 0.6666667)

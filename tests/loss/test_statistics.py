@@ -1,4 +1,4 @@
-"""Mean and standard deviation of scores, against NumPy in float64: of a batch, of its parts, and of a window."""
+"""The score statistics of a batch, merged from several parts, of a window, and from a custom estimator."""
 
 import io
 import math
@@ -18,33 +18,33 @@ from tests.support.generators import random_logps
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(2, 5000), st.floats(-4, 4), st.integers(-3, 3), st.integers(0, 2**31), st.booleans())
-def test_against_numpy(n: int, mean: float, magnitude: int, seed: int, double: bool) -> None:
-    dtype = torch.float64 if double else torch.float32
+def test_statistics_of_a_batch_agree_with_numpy(n: int, mean: float, magnitude: int, seed: int, float64: bool) -> None:
+    dtype = torch.float64 if float64 else torch.float32
     scores = torch.tensor(np.random.default_rng(seed).normal(mean, 1, n) * 10.0**magnitude, dtype=dtype)
     statistics = ScoreStatistics.of(scores)
     exact = scores.double().numpy()
     expected = math.fsum(exact) / n
-    # The mean is what the gate turns on: right to the last bit of the largest score.
+    # The gate compares scores with the mean, so the error of the mean must be within the rounding of the largest score.
     assert abs(statistics.mean.item() - expected) <= torch.finfo(dtype).eps * np.abs(exact).max()
     assert statistics.std.item() == pytest.approx(exact.std(ddof=1), rel=32 * torch.finfo(dtype).eps)
     assert statistics.count == n
     assert statistics.mean.dtype == statistics.std.dtype == dtype
 
 
-def test_a_mean_far_larger_than_the_spread() -> None:
+def test_a_mean_far_larger_than_the_std_costs_no_precision() -> None:
     scores = 1e4 + torch.linspace(-1, 1, 101)
     assert ScoreStatistics.of(scores).std.item() == pytest.approx(scores.double().std().item(), rel=1e-5)
 
 
 @given(st.integers(1, 3000), st.floats(-1e6, 1e6, width=32))
-def test_equal_scores_have_no_spread(n: int, value: float) -> None:
+def test_equal_scores_have_std_zero(n: int, value: float) -> None:
     mean, std, _ = ScoreStatistics.of(torch.full((n,), value))
     assert std == 0
     assert mean == torch.tensor(value)
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_too_few_scores_have_no_spread(n: int) -> None:
+def test_fewer_than_two_scores_have_std_zero(n: int) -> None:
     statistics = ScoreStatistics.of(torch.full((n,), 3.0))
     assert [value.item() for value in statistics] == [3.0 * n, 0.0, n]
 
@@ -65,9 +65,9 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     st.floats(1e-3, 1e3),
     st.integers(0, 2**31),
 )
-def test_merged_parts_are_the_whole(sizes: list[int], mean: float, spread: float, seed: int) -> None:
-    """Uneven and empty parts, and a mean up to a million times the spread."""
-    parts = [torch.tensor(np.random.default_rng([seed, k]).normal(mean, spread, n)) for k, n in enumerate(sizes)]
+def test_merged_moments_are_those_of_all_scores(sizes: list[int], mean: float, std: float, seed: int) -> None:
+    """The parts differ in size and may be empty. The mean is up to a million times the standard deviation."""
+    parts = [torch.tensor(np.random.default_rng([seed, k]).normal(mean, std, n)) for k, n in enumerate(sizes)]
     whole = torch.cat(parts).numpy()
     statistics = ScoreStatistics(*merge_moments(torch.stack([moments(x) for x in parts])))
     assert statistics.count == len(whole)
@@ -79,18 +79,24 @@ def test_merged_parts_are_the_whole(sizes: list[int], mean: float, spread: float
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 40), st.lists(st.one_of(st.integers(0, 6), st.integers(0, 60)), max_size=12), st.floats(0, 0.3),
+    st.integers(1, 40),
+    st.lists(st.one_of(st.integers(0, 6), st.integers(0, 60)), max_size=12),
+    st.floats(0, 0.3),
     st.integers(0, 2**31),
-)  # fmt: skip
-def test_a_window_is_the_latest_scores(size: int, batches: list[int], nan_rate: float, seed: int) -> None:
-    """Against a list: the batch and, before it, the finite scores that fit."""
+)
+def test_a_window_holds_the_latest_scores(size: int, batch_sizes: list[int], nan_rate: float, seed: int) -> None:
+    """A plain array keeps all finite scores. The window must return the statistics of the batch and of earlier scores.
+
+    The batch counts in full. Earlier scores fill the rest of the window, the latest ones first.
+    """
     rng = np.random.default_rng(seed)
     window, remembered = ScoreWindow(size), np.empty(0)
-    for n in batches:
+    for n in batch_sizes:
         scores = rng.normal(3, 2, n).astype(np.float32)
         if rng.random() < nan_rate and n:
             scores[rng.integers(n)] = rng.choice([np.nan, np.inf])
-        expected = np.concatenate([remembered[max(len(remembered) - max(size - n, 0), 0) :], scores]).astype(np.float64)
+        num_earlier = min(len(remembered), max(size - n, 0))
+        expected = np.concatenate([remembered[len(remembered) - num_earlier :], scores]).astype(np.float64)
         mean, std, count = window(torch.tensor(scores))
         assert count == len(expected)
         if np.isfinite(expected).all() and len(expected):
@@ -106,8 +112,8 @@ def test_a_window_is_the_latest_scores(size: int, batches: list[int], nan_rate: 
     assert window(torch.tensor([1.0, 3.0])).count == 2
 
 
-def test_micro_batches_of_a_window_approach_the_whole_batch() -> None:
-    """What it is for: the last micro-batch of an optimizer's batch sees the statistics of all of it."""
+def test_the_last_micro_batch_gets_the_statistics_of_the_whole_batch_from_a_window() -> None:
+    """This is the purpose of a window as large as the optimizer's batch."""
     inputs, window = random_logps(64), ScoreWindow(64)
     for micro_batch in zip(*(x.split(8) for x in inputs)):
         diagnostics = amapo_loss(*micro_batch, statistics=window).diagnostics
@@ -117,7 +123,7 @@ def test_micro_batches_of_a_window_approach_the_whole_batch() -> None:
     torch.testing.assert_close(diagnostics.margins, expected.margins[-8:])
 
 
-def test_a_window_remembers_in_training_only() -> None:
+def test_a_window_remembers_scores_only_in_training_mode() -> None:
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
     loss_fn(*random_logps(5))
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
@@ -132,7 +138,7 @@ def test_a_window_remembers_in_training_only() -> None:
 
 
 def test_a_resumed_window_gives_the_same_next_loss() -> None:
-    """To the last bit, through a file, also where the new module has already seen something else."""
+    """The losses are bitwise equal, although the new window has seen other scores before it loads the state."""
     loss_fn, resumed = AMaPOLoss(statistics=ScoreWindow(16)), AMaPOLoss(statistics=ScoreWindow(16))
     for seed in range(5):
         loss_fn(*random_logps(6, seed))
@@ -146,40 +152,41 @@ def test_a_resumed_window_gives_the_same_next_loss() -> None:
         assert torch.equal(*losses)
 
 
-def test_a_window_never_waits() -> None:
-    """A meta tensor has no values to wait for."""
+def test_a_window_does_not_synchronize_with_the_device() -> None:
+    """A meta tensor has no values, so code that reads a value on the host, and thus would synchronize, raises here."""
     window = ScoreWindow(8).to("meta")
     assert window(torch.empty(3, device="meta")).mean.is_meta
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
 def test_a_window_compiles(backend: Any) -> None:
-    plain, compiled = (AMaPOLoss(statistics=ScoreWindow(8), backend=backend).to(triton_loss.device) for _ in range(2))
+    eager, compiled = (AMaPOLoss(statistics=ScoreWindow(8), backend=backend).to(triton_loss.device) for _ in range(2))
     torch.compiler.reset()
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for seed in range(3):
         inputs = [x.to(triton_loss.device) for x in random_logps(5, seed)]
-        torch.testing.assert_close(step(*inputs)[0], plain(*inputs)[0])
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+        torch.testing.assert_close(step(*inputs)[0], eager(*inputs)[0])
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
 
 
 @every_backend
-def test_a_caller_has_an_estimator_of_their_own(loss_fn: OnBackend) -> None:
-    """Median and median absolute deviation, which an outlier does not move."""
+def test_the_estimator_may_be_a_function_of_the_caller(loss_fn: OnBackend) -> None:
+    """The example estimates with the median and the median absolute deviation, which one outlier hardly changes."""
 
-    def robust(scores: torch.Tensor, _: object) -> ScoreStatistics:
+    def robust_estimator(scores: torch.Tensor, _: object) -> ScoreStatistics:
         assert not scores.requires_grad
-        middle = scores.median()
-        spread = 1.4826 * (scores - middle).abs().median()
-        return ScoreStatistics(middle, spread, torch.tensor(len(scores)))
+        median = scores.median()
+        std = 1.4826 * (scores - median).abs().median()  # consistent with the standard deviation of normal scores
+        return ScoreStatistics(median, std, torch.tensor(len(scores)))
 
     chosen, rejected = random_logps(33)
     with torch.no_grad():
         chosen[3] = 1e3
-    output = loss_fn(chosen, rejected, statistics=robust)
-    assert output.diagnostics.statistics.mean == (2 * (chosen - rejected)).median()
-    by_hand = loss_fn(chosen, rejected, statistics=robust(2 * (chosen - rejected).detach(), None))
-    assert torch.equal(output.loss, by_hand.loss)
-    own = loss_fn(chosen, rejected, statistics=ScoreStatistics.of)
-    torch.testing.assert_close(own.loss, loss_fn(chosen, rejected).loss)
+    scores = 2 * (chosen - rejected).detach()
+    output = loss_fn(chosen, rejected, statistics=robust_estimator)
+    assert output.diagnostics.statistics.mean == scores.median()
+    supplied = loss_fn(chosen, rejected, statistics=robust_estimator(scores, None))
+    assert torch.equal(output.loss, supplied.loss)
+    with_default_estimator = loss_fn(chosen, rejected, statistics=ScoreStatistics.of)
+    torch.testing.assert_close(with_default_estimator.loss, loss_fn(chosen, rejected).loss)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from amapo_loss import amapo_loss
+from benchmarks import tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -141,3 +142,13 @@ def test_every_page_is_linked_from_the_readme() -> None:
     readme = PAGES[0].read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in readme
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    """`make tables` writes them, so no number in them can be out of date or mistyped."""
+    used = set()
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.with_tables(text) == text, f"run `make tables`: {page.name} differs from benchmarks/results"
+        used |= {name for _, name, _ in tables.MARKED.findall(text)}
+    assert used == set(tables.TABLES)

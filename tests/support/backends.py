@@ -1,4 +1,8 @@
-"""The backends, each as a function that the tests call with tensors on the CPU, wherever it computes."""
+"""The backends of `amapo_loss` as callables, and small tiles for the log-prob functions.
+
+The callables take and return CPU tensors, whatever the device that the backend computes on. Without a GPU, Triton
+interprets its kernels on the CPU.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,48 +13,52 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
 from amapo_loss.kernels import pair_loss
 from amapo_loss.logps import _linear_head, _online_lse
 
 GPU = torch.cuda.is_available()
-on_gpu = [pytest.mark.gpu] if GPU else []
+on_gpu = [pytest.mark.gpu] if GPU else []  # the marks of a test that runs on a GPU where there is one
 
 
 class OnBackend(NamedTuple):
-    """`amapo_loss` of one backend."""
+    """`amapo_loss` on one backend."""
 
     backend: str
     device: str
-    sizes: Mapping[str, int] = MappingProxyType({})  # instead of those of the kernels
+    constants: Mapping[str, int] = MappingProxyType({})  # constants of `kernels.pair_loss` to replace, by name
 
-    def __call__(self, *tensors: torch.Tensor | None, **options: Any) -> AMaPOOutput:
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> AMaPOOutput:
+        """Call `amapo_loss` with these arguments, and return the loss and the diagnostics on the CPU."""
         with ExitStack() as stack:
-            for name, size in self.sizes.items():
-                stack.enter_context(patch.object(pair_loss, name, size))
+            for name, value in self.constants.items():
+                stack.enter_context(patch.object(pair_loss, name, value))
             loss, diagnostics = amapo_loss(
-                *moved(tensors, self.device), **moved(options, self.device), backend=self.backend
+                *to_device(tensors, self.device), **to_device(options, self.device), backend=self.backend
             )
-        return AMaPOOutput(loss.cpu(), Diagnostics(*moved(tuple(diagnostics), "cpu")))
+        return AMaPOOutput(loss.cpu(), Diagnostics(*to_device(tuple(diagnostics), "cpu")))
 
 
-def moved(value: Any, device: str) -> Any:
-    """The tensors in modules, nested tuples and dictionaries to another device; gradients find their way back."""
-    if isinstance(value, (torch.Tensor, torch.nn.Module)):
+def to_device(value: Any, device: str) -> Any:
+    """Copy the tensors and modules in nested tuples and dictionaries to a device. Gradients flow through the copy."""
+    if isinstance(value, (Tensor, torch.nn.Module)):
         return value.to(device)
     if isinstance(value, dict):
-        return {name: moved(x, device) for name, x in value.items()}
+        return {name: to_device(x, device) for name, x in value.items()}
     if isinstance(value, tuple):
-        parts = [moved(x, device) for x in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        items = [to_device(x, device) for x in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
 torch_loss = OnBackend("torch", "cpu")
 triton_loss = OnBackend("triton", "cuda" if GPU else "cpu")
-two_launches = triton_loss._replace(  # from 17 pairs on; several programs from 257, of several blocks from 513
-    sizes={
+# The Triton backend with limits so small that test batches reach every path of its two launches: batches above 16 pairs
+# take two launches, those above 256 pairs several programs, and those above 512 pairs several blocks per program.
+two_launches = triton_loss._replace(
+    constants={
         "MAX_PAIRS_ONE_LAUNCH": 16,
         "BLOCK_PAIRS": 256,
         "MAX_STATISTICS_PROGRAMS": 4,
@@ -67,23 +75,40 @@ every_backend = pytest.mark.parametrize(
 )
 
 
+# The log-prob functions process their logits in tiles.
+
 every_tiling = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_gpu)])
 
 
 @contextmanager
 def tiled(backend: str, elements: int = 64) -> Iterator[str]:
-    """Heads and logits in tiles of about so many elements; the device on which that backend computes them."""
+    """Process logits in tiles of about `elements` elements, so that small tests need many tiles.
+
+    Args:
+        backend: `"torch"` or `"triton"`, the backend of the log-prob functions within the context.
+        elements: approximate number of elements in a tile.
+
+    Yields:
+        The device that tensors must be on for this backend.
+
+    """
     with ExitStack() as stack:
         stack.enter_context(patch.object(_online_lse, "TILE_ELEMENTS", {"cpu": elements, "cuda": elements}))
         stack.enter_context(patch.object(_online_lse, "BLOCK_MULTIPLE", 4))
         stack.enter_context(patch.object(_online_lse, "CPU_LSE_ROWS", 3))
         if backend == "triton" and not GPU:
             stack.enter_context(patch.object(_online_lse, "uses_triton", lambda tensor: tensor.dtype != torch.float64))
-            # What only a GPU can do for factors narrower than the product.
+            # PyTorch accumulates matrix products in a wider dtype than that of the factors only on a GPU.
             for name, beta in {"_mm_out": 0, "_addmm_out": 1}.items():
-                stack.enter_context(patch.object(_linear_head, name, partial(_product, beta)))
+                stack.enter_context(patch.object(_linear_head, name, partial(_addmm_in_out_dtype, beta)))
         yield "cuda" if backend == "triton" and GPU else "cpu"
 
 
-def _product(beta: int, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _addmm_in_out_dtype(
+    beta: int,
+    out: Tensor,  # [n, m], updated
+    a: Tensor,  # [n, k]
+    b: Tensor,  # [k, m]
+) -> Tensor:
+    """Set `out` to beta * out + a @ b, computed in the dtype of `out`."""
     return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)

@@ -1,17 +1,20 @@
-"""Compile the kernels, as `amapo_loss` launches them, for a GPU that is not there.
+"""Compile the kernels for an NVIDIA GPU that need not be present, here one of compute capability 9.0:
 
     python -m tests.support.lowering 90
 
-Real specialization and real options, on tensors without memory; only the launch itself is left out. What the
-interpreter runs but the compiler refuses shows here. Prints one line a kernel; TRITON_INTERPRET must not be set.
+The launch functions run as they do in the library, on meta tensors, which have shapes and dtypes but no memory. Each
+launch compiles its kernel with the specialization and the options of a real launch, and does not run it. This finds
+code that Triton's interpreter accepts and its compiler rejects. The script prints one line per launch: the name of the
+kernel, the size of its binary, its warps, and the number of floating-point instructions that the assembler may fuse.
+TRITON_INTERPRET must not be set.
 """
 
 import re
 import sys
-from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -19,12 +22,12 @@ from triton.runtime.jit import JITFunction
 from amapo_loss.kernels import online_lse, pair_loss
 
 run = JITFunction.run
-# Multiplications and additions that the assembler may still fuse; those that it may not are marked .rn.
+# In PTX, the assembler may fuse a multiplication and an addition unless they are marked .rn.
 FUSIBLE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)\b")
 
 
 class Driver:
-    """Of a GPU of the architecture that the command line names."""
+    """A Triton driver that reports the GPU of the command line as its current device."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -37,41 +40,82 @@ class Driver:
 
 
 def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
+    """Compile a kernel and print one line about it. This replaces `JITFunction.run`, which would also launch it."""
     kernel = run(self, *arguments, warmup=True, **options)
     fusible = len(FUSIBLE.findall(kernel.asm["ptx"]))
     print(self.fn.__name__, len(kernel.asm["cubin"]), "bytes,", kernel.metadata.num_warps, "warps,", fusible, "fusible")
 
 
-def lower_tiles() -> None:
-    half, single, whole = torch.bfloat16, torch.float32, torch.int64
-    rows = [torch.empty(64, dtype=dtype, device="meta") for dtype in (whole, single, single)]
-    coefficients = [torch.empty(64, device="meta") for _ in range(2)]
-    bias = torch.empty(5000, dtype=half, device="meta")
-    products = torch.empty(64, 8192, device="meta")[:, :5000]
-    for finish in ((None, 1.0, None), (bias, 0.5, 30.0)):
-        online_lse.update(*rows, products, 4096, *finish)
-        online_lse.write_gradient(products.view(half)[:, :5000], products, *rows, 4096, *finish, *coefficients, False)
-        online_lse.write_gradient(products, products.to(half), *rows, 4096, *finish, *coefficients, True)
-    for dtype in (half, torch.float16, single):
-        logits = torch.empty(4, 20, 5001, dtype=dtype, device="meta")[:, 2:18]
-        online_lse.update(*rows, logits, 0, None, 1.0, None)
-        online_lse.write_gradient(torch.empty_like(logits), logits, *rows, 0, None, 1.0, None, *coefficients, False)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_online_lse() -> None:
+    """Launch the kernels of `online_lse` as the linear head does, and then as `sequence_logps` does."""
+    state = [empty(64, dtype=torch.int64), empty(64), empty(64)]  # target_ids, target_logit, lse_rest
+    coefficients = [empty(64), empty(64)]
+
+    # The linear head: tiles of float32 matrix products, and gradients in bfloat16.
+    z = empty(64, 8192)[:, :5000]
+    for transform in (  # bias, scale, softcap
+        (None, 1.0, None),
+        (empty(5000, dtype=torch.bfloat16), 0.5, 30.0),
+    ):
+        online_lse.update(*state, z, 4096, *transform)
+        grad_z = z.view(torch.bfloat16)[:, :5000]  # in the memory of z
+        online_lse.write_gradient(grad_z, z, *state, 4096, *transform, *coefficients, False)
+        cached_tile = z.to(torch.bfloat16)
+        online_lse.write_gradient(z, cached_tile, *state, 4096, *transform, *coefficients, True)
+
+    # `sequence_logps`: logits of every dtype, with strides over sequences and positions.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = empty(4, 20, 5001, dtype=dtype)[:, 2:18]
+        online_lse.update(*state, logits, 0, None, 1.0, None)
+        grad_logits = torch.empty_like(logits)
+        online_lse.write_gradient(grad_logits, logits, *state, 0, None, 1.0, None, *coefficients, False)
+
+
+def compile_pair_loss() -> None:
+    """Launch the kernels of `pair_loss` with one and with two launches, each without and with all optional inputs."""
+    for n in (1, 100, 8192, 1 << 24):
+        for with_optional in (False, True):
+            dtype = torch.bfloat16 if with_optional else torch.float32
+            chosen_logps, rejected_logps = empty(n, dtype=dtype), empty(n, dtype=dtype)
+            optional: list[Tensor | None] = [None] * 8
+            if with_optional:
+                optional = [
+                    chosen_logps,  # as ref_chosen_logps
+                    rejected_logps,  # as ref_rejected_logps
+                    empty(n, dtype=torch.int64),  # chosen_lengths
+                    empty(n, dtype=torch.int64),  # rejected_lengths
+                    empty(),  # mean
+                    empty(),  # std
+                    empty(3, 3),  # rank_moments, of three ranks
+                    empty(),  # beta_tensor
+                ]
+            paper = normalize = exponential = clip = not with_optional
+            pair_loss._launch(
+                chosen_logps,
+                rejected_logps,
+                *optional,
+                beta=2.0,
+                label_smoothing=0.1,
+                paper=paper,
+                normalize=normalize,
+                exponential=exponential,
+                clip=clip,
+                reduction="none" if with_optional else "mean",
+                with_gradient=with_optional or n > 1,
+            )
 
 
 def main() -> None:
+    """Compile all kernels. The order of the lines is that of the launches."""
     driver.set_active(Driver())
     JITFunction.run = compile_only
-    lower_tiles()
-    half, single, whole = torch.bfloat16, torch.float32, torch.int64
-    for n, everything in product((1, 100, 8192, 1 << 24), (False, True)):
-        logps = [torch.empty(n, dtype=half if everything else single, device="meta") for _ in range(2)]
-        others: list[torch.Tensor | None] = [None] * 8
-        if everything:  # references, lengths, statistics, moments of three ranks, beta on the device
-            others = [*logps, *(torch.empty(n, dtype=whole, device="meta") for _ in range(2)),
-                      *(torch.empty(shape, device="meta") for shape in ((), (), (3, 3), ()))]  # fmt: skip
-        switches = (not everything,) * 4
-        reduction, with_gradient = ("none", True) if everything else ("mean", n > 1)
-        pair_loss._launch(*logps, *others, 2.0, 0.1, *switches, reduction, with_gradient)
+    compile_online_lse()
+    compile_pair_loss()
 
 
 if __name__ == "__main__":

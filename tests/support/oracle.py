@@ -1,13 +1,26 @@
-"""An independent oracle in float64 NumPy with a hand-derived gradient, and the library held against it.
+"""An independent implementation of the losses, and the comparison of the library's results with it.
 
-The oracle shares no code with the package. It is written from the paper's equations, and it bounds its own answers:
-every result is an interval, as wide as the rounding of the tested arithmetic (`unit`, its machine epsilon) can make
-it. The gate of the margin is a jump, so a pair that this rounding may put on either side of it (`at_gate`) may also
-have the margin 0; no other pair is let off.
+`oracle` is written from the equations of the paper, in float64 NumPy and with a gradient derived by hand. It shares no
+code with the package and uses only its types: `AdaptiveMargin`, which names the margin formula, and `AMaPOOutput`.
+
+The tests compare with intervals, not with a fixed tolerance. The library computes in float32 or float64, and every
+operation rounds. `oracle` follows the largest possible rounding error through the computation, so each of its results
+is an interval that contains whatever a correct implementation may return. In the comments:
+
+- `unit` is the machine epsilon of the arithmetic under test: 2**-52 for float64, and 2**-23 for float32, in which
+  bfloat16 and float16 are computed, too. The rounding of one operation changes its result by at most unit / 2 times the
+  result. Factors such as 4 or 16 in front of `unit` are generous bounds on the number of such roundings in a row.
+- `at_gate` marks the pairs whose margin may also be 0. The margin jumps from 0 to about beta where its gate opens. If
+  rounding may put a pair on either side of the gate, its margin may lie in its interval or be 0. The margins of all
+  other pairs must lie in their intervals.
+
+The oracle computes with the log-ratio differences d, while the package computes with the scores r = beta * d. Means,
+standard deviations and errors are therefore those of d, unless a comment says otherwise. Arrays are [n], with one entry
+per pair.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,192 +29,301 @@ from numpy.typing import NDArray
 from amapo_loss import AdaptiveMargin, AMaPOOutput
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+MAX_EXPONENT = 60.0  # the library caps the exponent of a margin here
+SMALLEST_FLOAT32 = 1e-37  # absolute tolerance of values that float32 may round to 0
 
 
 class Interval(NamedTuple):
+    """The range of the values that rounding allows, entry by entry."""
+
     low: Array
     high: Array
 
-    def contains(self, actual: Array, slack: float | Array = 0.0) -> bool:
+    def contains(
+        self,
+        actual: Array,  # [n]
+        slack: float | Array = 0.0,
+    ) -> bool:
+        """Return whether all entries lie in their interval, widened by `slack` at both ends."""
         return bool(np.all((self.low - slack <= actual) & (actual <= self.high + slack)))
 
 
-def smallest(unit: float) -> float:
-    """Below this the precision of the arithmetic ends."""
+class Oracle(NamedTuple):
+    """What the loss of one batch must return."""
+
+    losses: Interval  # [n]
+    weights: Interval  # [n] gradient weights w = -dL/dr
+    margins: Interval  # [n]
+    at_gate: Mask  # [n] pairs whose margin may also be 0
+    gradients: tuple[Interval, Interval]  # [n] of the sum of the losses, in the chosen and in the rejected log-probs
+    summary: dict[str, tuple[float, float]]  # value and tolerance of each entry
+
+
+class BoundedStatistics(NamedTuple):
+    """Mean and standard deviation of d, and how far rounding may move those that the library uses."""
+
+    mean: float
+    std: float
+    mean_error: float
+    std_error: float
+
+
+def underflow(unit: float) -> float:
+    """Return twice the smallest normal number. Below it, a result has fewer digits or is rounded to 0."""
     return 2 * float(np.finfo(np.float64 if unit < 1e-10 else np.float32).tiny)
 
 
-class Oracle(NamedTuple):
-    losses: Interval
-    weights: Interval  # -dL/dr
-    margins: Interval
-    at_gate: NDArray[np.bool_]
-    gradients: tuple[Interval, Interval]  # of the summed losses in the policy's log-probs, chosen and rejected
-    summary: dict[str, tuple[float, float]]  # value, tolerance
+def score_statistics(
+    d: Array,  # [n]
+    d_error: Array,  # [n]
+    beta: float,
+    supplied: tuple[float, float] | None,
+    unit: float,
+) -> BoundedStatistics:
+    """Return the statistics of d, or the supplied ones, which are a mean and a standard deviation of scores."""
+    if supplied is not None:
+        mean, std = supplied[0] / beta, supplied[1] / beta
+        # The library compares them with the scores beta * d, where beta is rounded to the dtype of the scores.
+        return BoundedStatistics(mean, std, 2 * unit * abs(mean), 2 * unit * std)
+    n = len(d)
+    mean = math.fsum(d) / n
+    std = math.sqrt(math.fsum((d - mean) ** 2) / (n - 1)) if n > 1 else 0.0
+    # The products beta * d and their sum are rounded, each relative to the largest |d|.
+    mean_error = d_error.mean() + 2 * unit * np.abs(d).max()
+    # Adding e to d changes the standard deviation of d by at most sqrt(sum(e**2) / (n - 1)). The second term is the
+    # rounding of the computation itself.
+    std_error = math.sqrt((d_error**2).sum() / max(n - 1, 1)) + 16 * unit * std
+    return BoundedStatistics(mean, std, mean_error, std_error)
 
 
 def adaptive_margins(
-    d: Array, d_error: Array, magnitude: float, beta: float, margin: AdaptiveMargin,
-    statistics: tuple[float, float] | None, unit: float,
-) -> tuple[Interval, NDArray[np.bool_], tuple[float, float], float]:  # fmt: skip
-    """Margins, which of them may be 0 as well, (mean, std) and the error of the mean, in the units of d."""
+    d: Array,  # [n]
+    d_error: Array,  # [n]
+    input_scale: float,
+    beta: float,
+    margin: AdaptiveMargin,
+    statistics: BoundedStatistics,
+    unit: float,
+) -> tuple[Interval, Mask]:
+    """Return the margins [n] while the gate is open, and the pairs [n] whose margin may also be 0."""
+    mean, std, mean_error, std_error = statistics
     n = len(d)
-    rounding = 2 * unit * np.abs(d).max()
-    if statistics is None:
-        mean = math.fsum(d) / n
-        std = math.sqrt(math.fsum((d - mean) ** 2) / (n - 1)) if n > 1 else 0.0
-        mean_error = d_error.mean() + rounding
-        std_error = math.sqrt((d_error**2).sum() / max(n - 1, 1)) + 16 * unit * std
-    else:
-        mean, std = statistics[0] / beta, statistics[1] / beta
-        mean_error, std_error = 2 * unit * abs(mean), 2 * unit * std
-    threshold = 8 * unit * magnitude
-    zero = np.zeros(n)
-    if std + std_error < threshold * (1 - 4 * unit) or std == 0:
-        return Interval(zero, zero), np.zeros(n, bool), (mean, std), mean_error
-    either = np.full(n, std - std_error <= threshold * (1 + 4 * unit))
-    spread = max(std - std_error, std / 8)
 
+    # The library treats scores as equal if their standard deviation is at most 8 * unit * input_scale. The threshold is
+    # itself rounded, which the factors 1 - 4 * unit and 1 + 4 * unit allow for. A batch of zeros has the threshold 0,
+    # so its standard deviation is not below it.
+    threshold = 8 * unit * input_scale
+    if std + std_error < threshold * (1 - 4 * unit) or std == 0:
+        return Interval(np.zeros(n), np.zeros(n)), np.zeros(n, bool)
+    at_gate = np.full(n, std - std_error <= threshold * (1 + 4 * unit))
+    # This is the smallest standard deviation that the library may divide by. The library divides only if its own value
+    # is above the threshold. The errors of d move that value by at most sqrt(2) * 3 * unit * input_scale, which is less
+    # than the threshold. Therefore its own value is above std / 2, and std / 8 is a safe lower bound.
+    smallest_std = max(std - std_error, std / 8)
+
+    # The library sets z to 0 for a pair whose distance to the mean is at most this tolerance. With the "paper" formula
+    # it does so for all pairs if the absolute value of the mean is at most this tolerance. The errors below contain the
+    # tolerance, so that the intervals contain the results with and without this step. The tolerance also covers the
+    # rounding of r = beta * d.
+    equality_tolerance = 2 * unit * np.abs(d).max()
     below = mean - d
-    below_error = mean_error + d_error + unit * np.abs(below) + rounding
-    factor = (beta if margin.formula == "paper" else 1.0) * mean
-    factor_error = (beta if margin.formula == "paper" else 1.0) * (mean_error + rounding) + 2 * unit * abs(factor)
-    uncertain = np.abs(below) <= rounding + below_error
+    below_error = mean_error + d_error + unit * np.abs(below) + equality_tolerance
+    # The exponent is z * mean(r) with the "paper" formula and z * mean(d) with the "released" one.
+    mean_factor = (beta if margin.formula == "paper" else 1.0) * mean
+    mean_factor_error = (beta if margin.formula == "paper" else 1.0) * (mean_error + equality_tolerance)
+    mean_factor_error += 2 * unit * abs(mean_factor)
+
+    side_unknown = np.abs(below) <= equality_tolerance + below_error  # the pair may lie on either side of the mean
     if margin.normalize:
         z = below / std
-        z_error = (below_error + np.abs(z) * std_error) / spread + 2 * unit * np.abs(z)
+        # For rounded values below' and std':
+        # |below' / std' - below / std| <= (|below' - below| + |z| * |std' - std|) / std'.
+        z_error = (below_error + np.abs(z) * std_error) / smallest_std + 2 * unit * np.abs(z)
         z_low, z_high = z - z_error, z + z_error
     else:
         z = (below > 0).astype(float)
-        z_low, z_high = np.where(uncertain, 0.0, z), np.where(uncertain, 1.0, z)
-    corners = np.stack([zs * f for zs in (z_low, z_high) for f in (factor - factor_error, factor + factor_error)])
-    gamma_low, gamma_high = corners.min(0), corners.max(0)
+        z_low, z_high = np.where(side_unknown, 0.0, z), np.where(side_unknown, 1.0, z)
+
+    # The product of two intervals lies between the smallest and the largest product of their ends.
+    factors = (mean_factor - mean_factor_error, mean_factor + mean_factor_error)
+    products = np.stack([z_end * factor for z_end in (z_low, z_high) for factor in factors])
+    exponent_low, exponent_high = products.min(0), products.max(0)
+    exponent_low = exponent_low - 4 * unit * np.abs(exponent_low)
+    exponent_high = exponent_high + 4 * unit * np.abs(exponent_high)
     if margin.scaling == "exp":
-        low = beta * np.exp(np.minimum(gamma_low - 4 * unit * np.abs(gamma_low), 60)) * (1 - 16 * unit) - smallest(unit)
-        high = beta * np.exp(np.minimum(gamma_high + 4 * unit * np.abs(gamma_high), 60)) * (1 + 16 * unit) + smallest(
-            unit
-        )
-    else:
+        low = beta * np.exp(np.minimum(exponent_low, MAX_EXPONENT)) * (1 - 16 * unit) - underflow(unit)
+        high = beta * np.exp(np.minimum(exponent_high, MAX_EXPONENT)) * (1 + 16 * unit) + underflow(unit)
+    else:  # z * mean(r) with both formulas
         scale = 1.0 if margin.formula == "paper" else beta
-        low = scale * (gamma_low - 4 * unit * np.abs(gamma_low))
-        high = scale * (gamma_high + 4 * unit * np.abs(gamma_high))
+        low, high = scale * exponent_low, scale * exponent_high
+
     if margin.clip:
         if margin.formula == "paper":
-            is_open = (z > 0) & (mean > 0) if not margin.normalize else z * mean > 0
-            either |= uncertain | (abs(mean) <= rounding + mean_error)
+            # This gate also switches where the mean changes its sign.
+            is_open = z * mean > 0
+            at_gate |= side_unknown | (abs(mean) <= equality_tolerance + mean_error)
         else:
             is_open = z > 0
-            either |= uncertain
-        low, high = (np.where(is_open | either, bound, 0.0) for bound in (low, high))
-    return Interval(low, high), either, (mean, std), mean_error
+            at_gate |= side_unknown
+        low, high = (np.where(is_open | at_gate, end, 0.0) for end in (low, high))
+    return Interval(low, high), at_gate
 
 
 def oracle(
-    chosen: Array, rejected: Array, ref_chosen: Array | None = None, ref_rejected: Array | None = None, *,
-    chosen_lengths: Array | None = None, rejected_lengths: Array | None = None, beta: float,
-    label_smoothing: float = 0.0, margin: AdaptiveMargin | float, statistics: tuple[float, float] | None = None,
+    chosen: Array,  # [n], like all arrays that follow
+    rejected: Array,
+    ref_chosen: Array | None = None,
+    ref_rejected: Array | None = None,
+    *,
+    chosen_lengths: Array | None = None,
+    rejected_lengths: Array | None = None,
+    beta: float,
+    label_smoothing: float = 0.0,
+    margin: AdaptiveMargin | float,
+    statistics: tuple[float, float] | None = None,
     unit: float,
-) -> Oracle:  # fmt: skip
-    """Everything a batch of at least one pair must give. A number for `margin` is a constant margin."""
+) -> Oracle:
+    """Return what the loss of a batch of at least one pair must return.
+
+    Args:
+        chosen: log-probs of the chosen responses, exactly as the library gets them.
+        rejected: log-probs of the rejected responses.
+        ref_chosen: log-probs of the chosen responses under the reference model.
+        ref_rejected: log-probs of the rejected responses under the reference model.
+        chosen_lengths: number of tokens in each chosen response.
+        rejected_lengths: number of tokens in each rejected response.
+        beta: scale of the ranking score.
+        label_smoothing: share of wrong labels, as in `amapo_loss`.
+        margin: the adaptive margin, or a number for the constant margin of DPO and SimPO.
+        statistics: supplied mean and standard deviation of the scores.
+        unit: machine epsilon of the arithmetic under test.
+
+    """
     n, eps = len(chosen), label_smoothing
-    size = [np.ones(n) if s is None else np.where(s == 0, 1, s) for s in (chosen_lengths, rejected_lengths)]
-    refs = [np.zeros(n) if ref is None else ref for ref in (ref_chosen, ref_rejected)]
-    a, b = (chosen - refs[0]) / size[0], (rejected - refs[1]) / size[1]
-    d = a - b
-    derived = ref_chosen is not None or chosen_lengths is not None
-    d_error = unit * (np.abs(d) + (np.abs(a) + np.abs(b) if derived else 0.0))
-    terms = [
-        d,
-        a,
-        b,
-        *([chosen / size[0], rejected / size[1], refs[0] / size[0], refs[1] / size[1]] if derived else []),
-    ]
-    magnitude = float(np.abs(terms).max())
+    chosen_length, rejected_length = (
+        np.ones(n) if length is None else np.where(length == 0, 1, length)
+        for length in (chosen_lengths, rejected_lengths)
+    )
+    ref_chosen_logps, ref_rejected_logps = (np.zeros(n) if ref is None else ref for ref in (ref_chosen, ref_rejected))
+    chosen_ratio = (chosen - ref_chosen_logps) / chosen_length
+    rejected_ratio = (rejected - ref_rejected_logps) / rejected_length
+    d = chosen_ratio - rejected_ratio
+    # Without a reference and lengths, the ratios are the log-probs themselves, so they are exact.
+    ratios_are_rounded = ref_chosen is not None or chosen_lengths is not None
+    d_error = unit * (np.abs(d) + (np.abs(chosen_ratio) + np.abs(rejected_ratio) if ratios_are_rounded else 0.0))
+    terms = [d, chosen_ratio, rejected_ratio]  # everything that d is computed from
+    if ratios_are_rounded:
+        terms += [chosen / chosen_length, rejected / rejected_length]
+        terms += [ref_chosen_logps / chosen_length, ref_rejected_logps / rejected_length]
+    input_scale = float(np.abs(terms).max())
 
     if isinstance(margin, AdaptiveMargin):
-        h, at_gate, (mean, std), mean_error = adaptive_margins(d, d_error, magnitude, beta, margin, statistics, unit)
+        d_statistics = score_statistics(d, d_error, beta, statistics, unit)
+        h, at_gate = adaptive_margins(d, d_error, input_scale, beta, margin, d_statistics, unit)
     else:
+        d_statistics = score_statistics(d, d_error, beta, None, unit)
         h, at_gate = Interval(np.full(n, margin), np.full(n, margin)), np.zeros(n, bool)
-        _, _, (mean, std), mean_error = adaptive_margins(d, d_error, magnitude, beta, AdaptiveMargin(), None, unit)
-
-    r, r_error = beta * d, beta * d_error + 2 * unit * np.abs(beta * d)
-    h_low = np.where(at_gate, np.minimum(h.low, 0.0), h.low)
-    h_high = np.where(at_gate, np.maximum(h.high, 0.0), h.high)
-    # L and w fall in x = r - h: softplus by log(1 + e^x), and dL/dx = eps sigmoid(x) - (1 - eps) sigmoid(-x).
-    x_low, x_high = r - r_error - h_high, r + r_error - h_low
-    x_low, x_high = x_low - unit * np.abs(x_low), x_high + unit * np.abs(x_high)
-
-    def loss(x: Array) -> Array:
-        return (1 - eps) * np.logaddexp(0, -x) + eps * np.logaddexp(0, x)
-
-    def weight(x: Array) -> Array:
-        return (1 - eps) * np.exp(-np.logaddexp(0, x)) - eps * np.exp(-np.logaddexp(0, -x))
-
-    # The smoothed loss has its minimum inside where x_low < log((1 - eps) / eps) < x_high.
-    bottom = math.log((1 - eps) / eps) if eps else math.inf
-    ends = np.stack([loss(x_low), loss(x_high), loss(np.clip(bottom, x_low, x_high))])
-    size_of_terms = np.abs(ends).max(0) + eps * np.maximum(np.abs(x_low), np.abs(x_high))
-    floor = smallest(unit)
-    w_ends = weight(x_high), weight(x_low)
-    slack = [16 * unit * size + floor for size in (size_of_terms, *(np.abs(w) + eps for w in w_ends))]
-    losses = Interval(ends.min(0) - slack[0], ends.max(0) + slack[0])
-    weights = Interval(w_ends[0] - slack[1], w_ends[1] + slack[2])
-    gradients = (
-        Interval(-weights.high * beta / size[0], -weights.low * beta / size[0]),
-        Interval(weights.low * beta / size[1], weights.high * beta / size[1]),
+    # The loss of a pair at the gate may be that of its margin or that of the margin 0.
+    h_or_zero = Interval(
+        np.where(at_gate, np.minimum(h.low, 0.0), h.low), np.where(at_gate, np.maximum(h.high, 0.0), h.high)
     )
 
-    tiny = 64 * unit
+    r, r_error = beta * d, beta * d_error + 2 * unit * np.abs(beta * d)
+    x_low, x_high = r - r_error - h_or_zero.high, r + r_error - h_or_zero.low  # x = r - h
+    x = Interval(x_low - unit * np.abs(x_low), x_high + unit * np.abs(x_high))
+    losses, weights = losses_and_weights(x, eps, unit)
+    gradients = (
+        Interval(-weights.high * beta / chosen_length, -weights.low * beta / chosen_length),
+        Interval(weights.low * beta / rejected_length, weights.high * beta / rejected_length),
+    )
+
+    sum_rounding = 64 * unit  # of a sum or a mean, relative to the mean absolute value of its terms
     correct, misranked = d > 0, d <= 0
-    sign_unknown = derived * (np.abs(d) <= d_error)
-    rank_unknown = np.abs(d - mean) <= 2 * (mean_error + d_error)
-    middle = [(interval.low + interval.high) / 2 for interval in (h, weights)]
-    half = [np.maximum(h_high, h.high) - np.minimum(h_low, h.low), (weights.high - weights.low) / 2]
+    sign_unknown = ratios_are_rounded * (np.abs(d) <= d_error)  # a difference of exact numbers keeps its sign
+    side_unknown = np.abs(d - d_statistics.mean) <= 2 * (d_statistics.mean_error + d_error)
+    h_center, h_error = (h.low + h.high) / 2, h_or_zero.high - h_or_zero.low
+    w_center, w_error = (weights.low + weights.high) / 2, (weights.high - weights.low) / 2
 
-    def mean_of(x: Array, error: Array | float = 0.0) -> tuple[float, float]:
-        return float(x.mean()), float(np.mean(error + np.zeros(n)) + tiny * np.abs(x).mean() + 1e-37)
+    # Each of these functions returns a value and its tolerance.
 
-    def share_of(x: NDArray[np.bool_], unknown: NDArray[Any]) -> tuple[float, float]:
-        return float(x.mean()), float(unknown.mean() + tiny)
+    def mean_of(values: Array, error: Array | float = 0.0) -> tuple[float, float]:
+        return float(values.mean()), float(np.mean(error) + sum_rounding * np.abs(values).mean() + SMALLEST_FLOAT32)
 
-    def group_mean(group: NDArray[np.bool_]) -> tuple[float, float]:
+    def share_of(pairs: Mask, unknown: Mask) -> tuple[float, float]:
+        return float(pairs.mean()), float(unknown.mean() + sum_rounding)
+
+    def mean_weight_of(pairs: Mask) -> tuple[float, float]:
         if sign_unknown.any():
-            return 0.0, 1.0
-        return mean_of_group(middle[1][group], half[1][group]) if group.any() else (0.0, 0.0)
+            return 0.0, 1.0  # the members of the group are unknown: accept any weight, as all are below 1
+        return mean_of(w_center[pairs], w_error[pairs]) if pairs.any() else (0.0, 0.0)
 
-    def mean_of_group(x: Array, error: Array) -> tuple[float, float]:
-        return float(x.mean()), float(error.mean() + tiny * np.abs(x).mean() + 1e-37)
-
-    # Where the spread is itself rounding, it has that of the mean that it is taken about; float64 has no wider sums.
-    about_mean = math.sqrt(n) * unit * float(np.abs(d).max()) if unit < 1e-10 else 0.0
-    ab_error = beta * unit * 4 * (np.abs(a) + np.abs(b))
+    # The library accumulates float32 scores in float64, but it has no wider dtype for float64 scores. If these differ
+    # only by rounding, the rounding of the mean that they are compared with adds to their standard deviation.
+    std_from_mean = math.sqrt(n) * unit * float(np.abs(d).max()) if unit < 1e-10 else 0.0
+    std_error = 2 * math.sqrt(2) * float(d_error.max()) + std_from_mean + sum_rounding * d_statistics.std
+    rewards_error = beta * unit * 4 * (np.abs(chosen_ratio) + np.abs(rejected_ratio))
+    score_mean = beta * d_statistics.mean
+    margin_max = float(h_or_zero.high.max())
     summary = {
-        "rewards/chosen": mean_of(beta * a, ab_error),
-        "rewards/rejected": mean_of(beta * b, ab_error),
+        "rewards/chosen": mean_of(beta * chosen_ratio, rewards_error),
+        "rewards/rejected": mean_of(beta * rejected_ratio, rewards_error),
         "rewards/accuracies": share_of(correct, sign_unknown),
         "rewards/margins": mean_of(r, r_error),
         "logps/chosen": mean_of(chosen),
         "logps/rejected": mean_of(rejected),
-        "amapo/score_mean": (beta * mean, beta * mean_error + tiny * abs(beta * mean) + 1e-37),
-        "amapo/score_std": (
-            beta * std,
-            beta * (2 * math.sqrt(2) * float(d_error.max()) + about_mean + tiny * std) + 1e-37,
+        "amapo/score_mean": (
+            score_mean,
+            beta * d_statistics.mean_error + sum_rounding * abs(score_mean) + SMALLEST_FLOAT32,
         ),
-        "amapo/margin_mean": mean_of(middle[0], half[0]),
-        "amapo/margin_max": (float(h_high.max()), float(half[0].max() + tiny * np.abs(h_high).max())),
+        "amapo/score_std": (beta * d_statistics.std, beta * std_error + SMALLEST_FLOAT32),
+        "amapo/margin_mean": mean_of(h_center, h_error),
+        "amapo/margin_max": (margin_max, float(h_error.max() + sum_rounding * np.abs(h_or_zero.high).max())),
         "amapo/margin_active": share_of(h.low > 0, at_gate | ((h.low <= 0) & (h.high > 0))),
-        "amapo/margin_accuracies": share_of(d > mean, rank_unknown),
-        "amapo/gradient_weight_correct": group_mean(correct),
-        "amapo/gradient_weight_misranked": group_mean(misranked),
+        "amapo/margin_accuracies": share_of(d > d_statistics.mean, side_unknown),
+        "amapo/gradient_weight_correct": mean_weight_of(correct),
+        "amapo/gradient_weight_misranked": mean_weight_of(misranked),
         "amapo/nonfinite": (0.0, 0.0),
     }
     return Oracle(losses, weights, h, at_gate, gradients, summary)
 
 
+def losses_and_weights(
+    x: Interval,  # [n] r - h
+    eps: float,
+    unit: float,
+) -> tuple[Interval, Interval]:
+    """Return the losses [n] and the gradient weights [n], with label smoothing `eps`."""
+
+    def loss(x: Array) -> Array:  # (1 - eps) softplus(-x) + eps softplus(x)
+        return (1 - eps) * np.logaddexp(0, -x) + eps * np.logaddexp(0, x)
+
+    def weight(x: Array) -> Array:  # -dL/dx = (1 - eps) sigmoid(-x) - eps sigmoid(x)
+        return (1 - eps) * np.exp(-np.logaddexp(0, x)) - eps * np.exp(-np.logaddexp(0, -x))
+
+    # The loss falls in x until x = log((1 - eps) / eps) and rises from there, so an interval that contains this point
+    # has its smallest loss there. Without label smoothing the loss falls everywhere.
+    lowest_point = math.log((1 - eps) / eps) if eps else math.inf
+    candidates = np.stack([loss(x.low), loss(x.high), loss(np.clip(lowest_point, x.low, x.high))])
+    # The library adds and subtracts terms of this size, and each is rounded relative to its own size.
+    loss_terms = np.abs(candidates).max(0) + eps * np.maximum(np.abs(x.low), np.abs(x.high))
+    loss_slack = 16 * unit * loss_terms + underflow(unit)
+    # The weight falls in x everywhere.
+    w_low, w_high = weight(x.high), weight(x.low)
+    w_low_slack, w_high_slack = (16 * unit * (np.abs(w) + eps) + underflow(unit) for w in (w_low, w_high))
+    losses = Interval(candidates.min(0) - loss_slack, candidates.max(0) + loss_slack)
+    return losses, Interval(w_low - w_low_slack, w_high + w_high_slack)
+
+
 def assert_matches(
-    actual: AMaPOOutput, given: dict[str, torch.Tensor], expected: Oracle, reduction: str, unit: float
+    actual: AMaPOOutput,
+    inputs: dict[str, torch.Tensor],  # [n] the log-probs that the loss was called with, by name
+    expected: Oracle,
+    reduction: str,
+    unit: float,
 ) -> None:
-    """Value, gradients, margins, weights and every entry of the summary."""
+    """Compare the loss, the gradients, the margins, the gradient weights and every entry of the summary."""
     loss, diagnostics = actual
     margins = diagnostics.margins.double().numpy()
     inside = (expected.margins.low <= margins) & (margins <= expected.margins.high)
@@ -209,24 +331,27 @@ def assert_matches(
     assert expected.weights.contains(diagnostics.gradient_weights.double().numpy()), "weights"
 
     n = len(margins)
+    divisor = n if reduction == "mean" else 1
     low, high = expected.losses
     if reduction != "none":
         low, high = low.sum(), high.sum()
-        slack = 64 * unit * max(abs(low), abs(high))
-        scale = n if reduction == "mean" else 1
-        low, high = (low - slack) / scale, (high + slack) / scale
+        sum_rounding = 64 * unit * max(abs(low), abs(high))
+        low, high = (low - sum_rounding) / divisor, (high + sum_rounding) / divisor
     value = loss.detach().double().numpy()
     assert np.all((low <= value) & (value <= high)), f"loss {value} outside [{low}, {high}]"
 
-    inputs = [given["chosen_logps"], given["rejected_logps"]]
-    scale = n if reduction == "mean" else 1
-    for x, got, interval in zip(inputs, torch.autograd.grad(loss.sum(), inputs), expected.gradients):
-        assert got.dtype == x.dtype
-        step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(x.dtype, 4 * unit)
-        # The smallest numbers of a half precision, which `scale` magnifies.
-        subnormal = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(x.dtype, 0) * scale + 1e-37
-        bound = np.maximum(np.abs(interval.low), np.abs(interval.high))
-        assert interval.contains(got.double().numpy() * scale, step * bound + subnormal), "gradient"
+    logps = [inputs["chosen_logps"], inputs["rejected_logps"]]
+    for x, gradient, interval in zip(logps, torch.autograd.grad(loss.sum(), logps), expected.gradients):
+        assert gradient.dtype == x.dtype
+        # The gradient has the dtype of the log-probs, which may be a half precision. There, rounding is coarser, and
+        # gradients near 0 are rounded to multiples of the smallest positive number. The comparison multiplies the
+        # gradient by `divisor`, and with it this absolute rounding.
+        relative_rounding = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(x.dtype, 4 * unit)
+        smallest_positive = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}.get(x.dtype, 0)
+        absolute_rounding = smallest_positive * divisor + SMALLEST_FLOAT32
+        size = np.maximum(np.abs(interval.low), np.abs(interval.high))
+        slack = relative_rounding * size + absolute_rounding
+        assert interval.contains(gradient.double().numpy() * divisor, slack), "gradient"
 
     summary = diagnostics.summary()
     assert summary.keys() == expected.summary.keys()

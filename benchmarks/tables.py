@@ -1,0 +1,207 @@
+"""Write the tables of README.md and docs/ from the JSON files in benchmarks/results.
+
+    python -m benchmarks.tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a key of `TABLES`. Depends only
+on the standard library.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite all marked tables."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """Return the text of a page with its marked tables made anew from the committed results."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return the content of a JSON file in the results folder."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], numbers_from: int = 1) -> str:
+    """Return a Markdown table whose columns from `numbers_from` on are right-aligned."""
+    names = list(header)
+    rule = ["---" if column < numbers_from else "---:" for column in range(len(names))]
+    return "".join(f"| {' | '.join(cells)} |\n".replace("  |", " |") for cells in (names, rule, *rows))
+
+
+def rows_by(rows: list[dict[str, Any]], *keys: str) -> dict[Any, dict[str, Any]]:
+    """Return the rows of a result by the values of one or several keys."""
+    return {tuple(row[key] for key in keys) if len(keys) > 1 else row[keys[0]]: row for row in rows}
+
+
+def cost_table() -> str:
+    """Return the README's table: one row for the loss, the head and the trainer each."""
+    loss = rows_by(load("latency_cpu")["rows"], "pairs", "variant", "outputs")
+    head = rows_by(load("head_cpu")["rows"], "head", "variant")
+    trainer = rows_by(load("trainer_cpu")["rows"], "trainer")
+    rows = []
+    for pairs in (32, 1024):
+        ours, baseline = (
+            loss[pairs, variant, "loss only"]["median_us"] for variant in ("amapo_loss, eager", "released loss, eager")
+        )
+        rows.append(
+            (
+                f"`amapo_loss`, {pairs:,} pairs",
+                f"{ours:.0f} µs",
+                f"{baseline:.0f} µs",
+                "the authors' loss",
+                "`make bench`",
+            )
+        )
+    for kind in ("frozen", "trainable"):
+        ours, baseline = (
+            f"{row['ms']:.0f} ms, {row['workspace_mb']:.0f} MB"
+            for row in (head[kind, "linear_sequence_logps"], head[kind, "full logits, counted tokens only"])
+        )
+        rows.append(
+            (f"`linear_sequence_logps`, {kind} head", ours, baseline, "logits of the response tokens", "`make head`")
+        )
+    ours, baseline = (
+        f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
+        for name in ("AMaPOTrainer", "DPOTrainer, precomputed reference")
+    )
+    rows.append(("a step of `AMaPOTrainer`", ours, baseline, "`DPOTrainer`, precomputed reference", "`make trainer`"))
+    lines = markdown(("", "this library", "baseline", "the baseline is", "command"), rows).splitlines()
+    return "\n".join([lines[0], "|---|---:|---:|---|---|", *lines[2:]]) + "\n"
+
+
+def head_table() -> str:
+    """Return time, memory and error of the head, frozen and trainable side by side."""
+    rows = load("head_cpu")["rows"]
+    by_head = rows_by(rows, "head", "variant")
+    table = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [variant]
+        for head in ("frozen", "trainable"):
+            row = by_head.get((head, variant))
+            if row is None or row["ms"] is None:
+                cells += ["", "", ""]
+            else:
+                cells += [
+                    f"{row['ms']:,.0f} ({row['ratio']:.2f})",
+                    f"{row['workspace_mb']:,.0f}",
+                    f"{row['errors'][0]:.1e}",
+                ]
+        table.append(cells)
+    return markdown(("", "frozen: ms", "MB", "error", "trainable: ms", "MB", "error"), table)
+
+
+def precision_table() -> str:
+    """Return the errors of the head in bfloat16."""
+    columns = {
+        "logp_error": "log-prob",
+        "grad_hidden_error": "grad of hidden states",
+        "grad_hidden_error_confident": "the same, p > 0.99",
+        "grad_weight_error": "grad of weight",
+        "grad_hidden_changed": "changed: hidden states",
+        "grad_weight_changed": "changed: weight",
+    }
+    rows = []
+    for row in load("head_cpu")["precision"]:
+        cells = [row["variant"]]
+        for key in columns:
+            value = row[key]
+            cells.append("" if value is None else f"{value:.2%}" if key.endswith("changed") else f"{value:.1e}")
+        rows.append(cells)
+    return markdown(("bfloat16", *columns.values()), rows)
+
+
+def demo_table() -> str:
+    """Return what each loss learned in the demo."""
+    models = load("demo")["models"]
+    columns = {
+        "ranking accuracy": "accuracy",
+        "accuracy on easy pairs": "easy pairs",
+        "accuracy on even pairs": "even pairs",
+        "accuracy on hard pairs": "hard pairs",
+        "score mean": "score mean",
+        "score std": "score std",
+        "gradient weight, misranked pairs": "weight, misranked",
+        "gradient weight, correctly ranked pairs": "weight, correct",
+    }
+    rows = []
+    for name, metrics in models.items():
+        cells = [name]
+        for key in columns:
+            value = metrics.get(key)
+            cells.append("" if value is None else f"{value:.1%}" if "accuracy" in key else f"{value:.2f}")
+        rows.append(cells)
+    return markdown(("", *columns.values()), rows)
+
+
+def latency_table() -> str:
+    """Return the latency of the loss on a CPU."""
+    rows = load("latency_cpu")["rows"]
+    outputs = list(dict.fromkeys(row["outputs"] for row in rows))
+    by_outputs = rows_by(rows, "pairs", "variant", "outputs")
+    table = []
+    for pairs, variant in dict.fromkeys((row["pairs"], row["variant"]) for row in rows):
+        found = [by_outputs.get((pairs, variant, name)) for name in outputs]
+        cells = ["" if row is None else f"{row['median_us']:.0f} ({row['ratio']:.2f})" for row in found]
+        table.append((f"{pairs:,}", variant, *cells))
+    return markdown(("pairs", "", *outputs), table, numbers_from=2)
+
+
+def trainer_table() -> str:
+    """Return the time and the memory of a training step."""
+    rows = [
+        (row["trainer"], f"{row['ms']:,.0f} ({row['ratio']:.2f})", f"{row['peak_mb']:.0f}")
+        for row in load("trainer_cpu")["rows"]
+    ]
+    return markdown(("", "ms per step", "peak MB"), rows)
+
+
+def estimators_table() -> str:
+    """Return the gradient error of micro-batches under each estimator."""
+    rows = load("estimators")["rows"]
+    names = {"itself": "micro-batch alone"}
+    columns = [key for key in rows[0] if key != "pairs"]
+    cells = [(f"{row['pairs']:.0f}", *(f"{row[key]:.0%}" for key in columns)) for row in rows]
+    return markdown(("pairs per micro-batch", *(names.get(key, key) for key in columns)), cells, numbers_from=0)
+
+
+def real_ranking_table() -> str:
+    """Return the ranking study on real pairs."""
+    study = load("studies_own/ranking")["table, mean and standard deviation over the seeds"]
+    remarks = {
+        "SimPO, gamma 0.5": ", the best gamma above 0 on validation pairs",
+        "SimPO, gamma 2": ", the best gamma on held-out pairs",
+    }
+    rows = []
+    for name, columns in study.items():
+        found = (columns[key] for key in ("validation", "held out", "held out, own score"))
+        rows.append((name + remarks.get(name, ""), *(f"{100 * mean:.1f} ({100 * std:.1f})" for mean, std in found)))
+    return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cost": cost_table,
+    "head": head_table,
+    "precision": precision_table,
+    "demo": demo_table,
+    "latency": latency_table,
+    "trainer": trainer_table,
+    "estimators": estimators_table,
+    "real-ranking": real_ranking_table,
+}
+
+if __name__ == "__main__":
+    main()
