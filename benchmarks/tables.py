@@ -115,10 +115,10 @@ def precision_table() -> str:
         "grad_weight_changed": "changed: weight",
     }
     rows = []
-    for row in load("head_cpu")["precision"]:
-        cells = [row["variant"]]
+    for variant, errors in load("head_cpu")["precision"].items():
+        cells = [variant]
         for key in columns:
-            value = row[key]
+            value = errors[key]
             cells.append("" if value is None else f"{value:.2%}" if key.endswith("changed") else f"{value:.1e}")
         rows.append(cells)
     return markdown(("bfloat16", *columns.values()), rows)
