@@ -18,9 +18,8 @@ from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, se
 from amapo_loss.logps._linear_head import _mm_out
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, tiled
+from tests.support.logps import IGNORE_INDEX, reference_logps
 from tests.support.ranks import on_ranks
-
-IGNORE_INDEX = -100
 
 # Each string names the tensors that require a gradient. `random_head` makes a bias only if the string names it.
 WITH_GRADIENTS = ["hidden", "hidden weight", "weight", "hidden bias", "bias", "hidden weight bias"]
@@ -69,20 +68,6 @@ class Head(NamedTuple):
             final_logit_softcapping=self.softcap,
             **options,
         )
-
-
-def reference_logps(
-    logits: Tensor,  # [N, T, V]
-    labels: Tensor,  # [N, T]
-    average: bool = True,
-    shift: bool = True,
-) -> Tensor:
-    """Return the log-prob of each sequence [N] by `log_softmax` and `gather`."""
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORE_INDEX
-    token_logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
-    return token_logps.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
 
 
 def gradients(output: Tensor, head: Head, grad_output: Tensor) -> list[Tensor]:

@@ -13,8 +13,7 @@ from torch.autograd import gradcheck
 from amapo_loss import amapo_loss, sequence_logps
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import every_tiling, tiled
-
-IGNORE_INDEX = -100
+from tests.support.logps import IGNORE_INDEX, reference_logps
 
 # How logits [N, T, V] may lie in memory.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -23,20 +22,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "[N, V, T]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "a slice": lambda x: F.pad(x, (3, 2, 1, 2))[:, 1 : 1 + x.shape[1], 3 : 3 + x.shape[2]],
 }
-
-
-def reference_logps(
-    logits: Tensor,  # [N, T, V]
-    labels: Tensor,  # [N, T]
-    average: bool,
-    shift: bool,
-) -> Tensor:
-    """Return the log-prob of each sequence [N] in float64."""
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORE_INDEX
-    token_logps = logits.double().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
-    return token_logps.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
 
 
 @every_tiling
@@ -129,7 +114,7 @@ def test_log_probs_of_bfloat16_logits_are_summed_in_float32() -> None:
     logits = torch.randn(1, 200, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.randint(50, (1, 200), generator=torch.Generator().manual_seed(1))
     actual = sequence_logps(logits, labels, average=False)
-    expected = reference_logps(logits, labels, average=False, shift=True)
+    expected = reference_logps(logits.double(), labels, average=False, shift=True)
     assert actual.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
