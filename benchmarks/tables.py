@@ -192,6 +192,19 @@ def real_ranking_table() -> str:
     return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
 
 
+def gradient_flow_table() -> str:
+    """Return the gradient weights and norms of the gradient-flow study."""
+    columns = ("weight misranked", "weight correct", "norm misranked", "norm correct")
+    rows = []
+    for pairs, folder in (("generated", "studies"), ("real", "studies_own")):
+        study = load(f"{folder}/gradient-flow")["table, mean and standard deviation over the seeds"]
+        for name, metrics in study.items():
+            if metrics[columns[0]] is not None:
+                rows.append((pairs, name, *(f"{metrics[key][0]:.2f}" for key in columns)))
+    names = [f"gradient {column.replace(' ', ', ')} pairs" for column in columns]
+    return markdown(("pairs", "", *names), rows, numbers_from=2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "head": head_table,
@@ -200,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": latency_table,
     "trainer": trainer_table,
     "estimators": estimators_table,
+    "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
 }
 

@@ -41,14 +41,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "formulas.png", help="PNG file to write")
     args = parser.parse_args()
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, sharey=True)
     for panel, mean in zip(panels, (1.0, -1.0)):
-        scores = torch.linspace(mean - 2, mean + 2, 401)
+        scores = torch.linspace(-3, 3, 601)
+        panel.set(ylim=(-0.8, 16))  # the exponential leaves the picture
         for formula, style in zip(get_args(Formula), ("-", "--")):
             panel.plot(scores, compute_margins(scores, mean, formula), style, label=f'formula="{formula}"')
         panel.axvline(mean, color="grey", linewidth=0.8, linestyle=":")
         panel.annotate("batch mean", (mean, 13), xytext=(4, 0), textcoords="offset points", color="grey")
-        panel.set(title=f"AMaPO margin, batch mean {mean:+.0f}", xlabel="ranking score of the pair")
+        panel.set(title=f"batch mean {mean:+.0f}, standard deviation 1", xlabel="ranking score of the pair")
     panels[0].set_ylabel(f"margin of the pair (beta = {BETA:g})")
     panels[0].legend(loc="center right")
     figure.tight_layout()

@@ -80,7 +80,11 @@ def draw(path: Path, histories: dict[str, list[list[float]]]) -> None:
     for column, (panel, (metric, scale)) in enumerate(zip(panels, METRICS.items())):
         for run, history in histories.items():
             panel.plot([values[column] for values in history], label=run, linewidth=2.5 if run == "healthy" else 1.2)
-        panel.set(title=metric, xlabel="training step", yscale=scale)
+        if scale == "symlog":
+            panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set(
+            title=metric if scale == "linear" else f"{metric} ({scale} axis)", xlabel="training step", yscale=scale
+        )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(histories), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
