@@ -20,6 +20,7 @@ from amapo_loss.logps import linear_sequence_logps, linear_token_logps, sequence
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.module import AMaPOLoss
 from amapo_loss.statistics import Estimator, ScoreStatistics, ScoreWindow
+from amapo_loss.totals import Totals
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Estimator",
     "ScoreStatistics",
     "ScoreWindow",
+    "Totals",
     "amapo_loss",
     "dpo_loss",
     "linear_sequence_logps",

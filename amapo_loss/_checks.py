@@ -30,6 +30,13 @@ def real_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def bool_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a bool tensor, else raise TypeError."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {_describe(value)}")
+    return value
+
+
 def token_ids(name: str, value: object) -> Tensor:
     """Return `value` if it is an int64 tensor, else raise TypeError."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:

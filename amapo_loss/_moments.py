@@ -1,7 +1,7 @@
 """Count, mean and sum of squared deviations (M2) of scores, and how those of several parts or ranks are merged.
 
 Depends only on torch and the argument checks. Everything is float64, so that a mean far larger than the standard
-deviation, or a large number of ranks, costs no precision.
+deviation, or a large number of ranks, costs no precision. Only on devices without float64 it is float32.
 """
 
 import torch
@@ -10,17 +10,26 @@ from torch import Tensor
 
 from amapo_loss import _checks
 
+# torch 2.13 deprecates the name all_gather_into_tensor.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype to sum scores in: float64, or float32 on Apple GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
 
 def moments(
     scores: Tensor,  # [B]
     mask: Tensor | None = None,  # [B] bool
 ) -> Tensor:
     """Return the moments (count, mean, M2) [3] of the scores, or of those for which `mask` is true."""
-    scores = scores.detach().double()
+    dtype = sum_dtype(scores.device)
+    scores = scores.detach().to(dtype)
     if mask is None:
-        n = torch.full((), scores.shape[0], dtype=torch.float64, device=scores.device)
+        n = torch.full((), scores.shape[0], dtype=dtype, device=scores.device)
     else:
-        n, scores = mask.sum().double(), scores.masked_fill(~mask, 0)
+        n, scores = mask.sum().to(dtype), scores.masked_fill(~mask, 0)
     mean = scores.sum() / n.clamp(min=1)
     deviations = scores - mean if mask is None else (scores - mean).masked_fill(~mask, 0)
     return torch.stack((n, mean, deviations.square().sum()))
@@ -36,7 +45,7 @@ def all_gather_row(
     _checks.process_group("process_group", process_group)
     rows = row.new_empty(dist.get_world_size(process_group) * len(row))
     try:
-        dist.all_gather_into_tensor(rows, row, group=process_group)
+        _all_gather(rows, row, group=process_group)
     except RuntimeError as error:
         raise RuntimeError(
             "the score statistics of process_group could not be gathered: has another rank failed, or not called the "
@@ -47,13 +56,20 @@ def all_gather_row(
 
 def merge_moments(
     moments: Tensor,  # [k, 3]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean, the standard deviation with Bessel's correction, and the count of k parts together.
+) -> Tensor:
+    """Return the moments [3] of k disjoint sets of scores together.
 
-    This is Chan's formula for all parts at once: M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2.
+    This is Chan's formula for all sets at once: M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2.
     """
     counts, means, m2s = moments.unbind(1)
     n = counts.sum()
     mean = (counts * means).sum() / n.clamp(min=1)
-    m2 = m2s.sum() + (counts * (means - mean).square()).sum()
+    return torch.stack((n, mean, m2s.sum() + (counts * (means - mean).square()).sum()))
+
+
+def mean_std_count(
+    moments: Tensor,  # [3]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, the standard deviation with Bessel's correction, and the count."""
+    n, mean, m2 = moments.unbind()
     return mean, (m2 / (n - 1).clamp(min=1)).sqrt(), n.long()

@@ -3,7 +3,8 @@ r"""The mathematics of AMaPO in plain PyTorch, in the order and with the symbols
     d = log-ratio difference    r = beta * d    h = margin    L = (1 - eps) softplus(h - r) + eps softplus(r - h)
 
 Every other backend is tested against this file. It depends only on torch, `Pairs` and `AdaptiveMargin`. Its inputs are
-already checked, and of one floating dtype except for mu. Tensors are [B] unless their comment says otherwise.
+already checked, without pairs that are left out, and of one floating dtype except for mu. Tensors are [B] unless their
+comment says otherwise.
 """
 
 import math
@@ -32,9 +33,9 @@ def log_ratio_differences(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Return (log pi(y) - log ref(y)) / |y|, without the parts that are None; a length of 0 counts as 1."""
+    """Return (log pi(y) - log ref(y)) / |y|, without the parts that are None."""
     ratio = logps if ref_logps is None else logps - ref_logps
-    return ratio if lengths is None else ratio / lengths.masked_fill(lengths == 0, 1)
+    return ratio if lengths is None else ratio / lengths
 
 
 def input_scale(

@@ -1,6 +1,6 @@
 """`Diagnostics`: what a loss call found out about its pairs, and the scalars that a trainer logs.
 
-Depends only on torch, the reference mathematics, `Pairs` and `ScoreStatistics`.
+Depends only on torch, the reference mathematics, the dtype of sums, `Pairs`, `ScoreStatistics` and `Totals`.
 """
 
 from typing import NamedTuple
@@ -9,27 +9,10 @@ import torch
 from torch import Tensor
 
 from amapo_loss import _reference
+from amapo_loss._moments import sum_dtype
 from amapo_loss._pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
-
-# The keys of `Diagnostics.summary`. The Triton kernel writes their values in this order.
-_SUMMARY_KEYS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "amapo/margin_mean",
-    "amapo/margin_active",
-    "amapo/margin_accuracies",
-    "amapo/gradient_weight_correct",
-    "amapo/gradient_weight_misranked",
-    "amapo/nonfinite",
-    "amapo/margin_max",
-    "amapo/score_mean",
-    "amapo/score_std",
-)
+from amapo_loss.totals import Totals
 
 
 class Diagnostics(NamedTuple):
@@ -45,7 +28,7 @@ class Diagnostics(NamedTuple):
         beta: the scale of the ranking score.
         label_smoothing: the label smoothing $\epsilon$.
         rewards: [3, B] scores, chosen rewards and rejected rewards from the torch backend, None from Triton.
-        summary_values: [15] the values of `summary` from the Triton backend, None from torch.
+        total_values: [17] the values of `totals` from the Triton backend, None from torch.
 
     """
 
@@ -55,7 +38,7 @@ class Diagnostics(NamedTuple):
     beta: float
     label_smoothing: float
     rewards: Tensor | None = None
-    summary_values: Tensor | None = None
+    total_values: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -75,15 +58,18 @@ class Diagnostics(NamedTuple):
     @property
     def gradient_weights(self) -> Tensor:
         r"""[B] $w_i = -\partial L_i / \partial r_i$, the gradient of the pair's loss, negated, before the reduction."""
-        return _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
+        weights = _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
+        counted = self.pairs.counted()
+        return weights if counted is None else weights.masked_fill(~counted, 0)
 
     def _rewards(self) -> Tensor:
         if self.rewards is not None:
             return self.rewards
-        return _reference.log_ratio_differences(self.pairs.to_accumulation_dtype(), self.beta)[1]
+        pairs = self.pairs.neutralized().to_accumulation_dtype()
+        return _reference.log_ratio_differences(pairs, self.beta)[1]
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return 15 scalars to log. The keys are TRL's where TRL logs the same value.
+        """Return 16 scalars to log. The keys are TRL's where TRL logs the same value.
 
         Means and shares are taken over the pairs of this call on this rank. A mean over no pairs is 0.
 
@@ -105,6 +91,7 @@ class Diagnostics(NamedTuple):
             - `amapo/gradient_weight_correct`: mean gradient weight of the pairs with r > 0.
             - `amapo/gradient_weight_misranked`: mean gradient weight of the pairs with r <= 0.
             - `amapo/nonfinite`: number of pairs whose score is NaN or infinite.
+            - `amapo/left_out`: number of pairs that are left out. No other value includes them.
 
         Example:
             >>> import torch
@@ -113,40 +100,51 @@ class Diagnostics(NamedTuple):
             >>> diagnostics.summary("eval_")["eval_rewards/accuracies"]
             tensor(0.5000)
         """
-        if self.summary_values is None:
-            values = self._summarize()
-        else:
-            values = dict(zip(_SUMMARY_KEYS, self.summary_values.unbind()))
-        return {prefix + key: values[key] for key in _SUMMARY_KEYS}
+        return Totals(self.totals().values.to(self.margins.dtype)).summary(prefix)
 
-    def _summarize(self) -> dict[str, Tensor]:
+    def totals(self) -> Totals:
+        """Return the sums, counts and maxima behind `summary`. Add those of several calls to get their common summary.
+
+        Example:
+            >>> import torch
+            >>> from amapo_loss import amapo_loss
+            >>> logps = torch.tensor([-1.0, -2.0])
+            >>> _, first = amapo_loss(logps, logps - 1)
+            >>> _, second = amapo_loss(logps[:1], logps[:1] + 1)
+            >>> (first.totals() + second.totals()).summary()["rewards/accuracies"]  # two of three pairs
+            tensor(0.6667, dtype=torch.float64)
+        """
+        if self.total_values is not None:
+            return Totals(self.total_values)
         scores, chosen_rewards, rejected_rewards = self._rewards()
-        weights, zeros = self.gradient_weights, torch.zeros_like(scores)
-        correct, misranked = scores > 0, scores <= 0
-        columns = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": correct,
-            "rewards/margins": scores,
-            "logps/chosen": self.pairs.chosen_logps,
-            "logps/rejected": self.pairs.rejected_logps,
-            "amapo/margin_mean": self.margins,
-            "amapo/margin_active": self.margins > 0,
-            "amapo/margin_accuracies": scores > self.statistics.mean,
-            "amapo/gradient_weight_correct": torch.where(correct, weights, zeros),
-            "amapo/gradient_weight_misranked": torch.where(misranked, weights, zeros),
-            "amapo/nonfinite": ~scores.isfinite(),
-        }
-        totals = torch.stack([column.to(zeros.dtype) for column in columns.values()]).sum(1)
-        n = scores.shape[0]
-        # What a total is divided by where it is not the number of pairs.
-        denominators: dict[str, Tensor | int] = {
-            "amapo/gradient_weight_correct": correct.sum().clamp(min=1),
-            "amapo/gradient_weight_misranked": misranked.sum().clamp(min=1),
-            "amapo/nonfinite": 1,
-        }
-        return {key: total / denominators.get(key, max(n, 1)) for key, total in zip(columns, totals)} | {
-            "amapo/margin_max": self.margins.amax() if n else zeros.sum(),
-            "amapo/score_mean": self.statistics.mean.to(zeros.dtype),
-            "amapo/score_std": self.statistics.std.to(zeros.dtype),
-        }
+        n, dtype, counted = scores.shape[0], sum_dtype(scores.device), self.pairs.counted()
+        weights, correct, misranked = self.gradient_weights, scores > 0, scores <= 0
+        columns = (
+            scores,
+            correct,
+            misranked,
+            torch.where(correct, weights, 0),
+            torch.where(misranked, weights, 0),
+            chosen_rewards,
+            rejected_rewards,
+            self.pairs.chosen_logps,
+            self.pairs.rejected_logps,
+            self.margins,
+            self.margins > 0,
+            scores > self.statistics.mean,
+            ~scores.isfinite(),
+        )
+        stacked, margins = torch.stack([column.to(scores.dtype) for column in columns]), self.margins
+        if counted is not None:
+            left_out = ~counted
+            stacked, margins = stacked.masked_fill(left_out, 0), margins.masked_fill(left_out, -torch.inf)
+        sums = stacked.sum(1).to(dtype)
+        own_count = sums.new_full((1,), n) if counted is None else counted.sum(0, keepdim=True, dtype=dtype)
+        mean = sums[:1] / own_count.clamp(min=1)
+        deviations = scores.to(dtype) - mean
+        if counted is not None:
+            deviations = deviations.masked_fill(left_out, 0)
+        max_margin = margins.amax(0, keepdim=True) if n else torch.full_like(sums[:1], -torch.inf)
+        # In the order of the entries of `Totals`.
+        m2 = deviations.square().sum(0, keepdim=True)
+        return Totals(torch.cat((own_count, mean, m2, sums[1:], n - own_count, max_margin.to(dtype))))

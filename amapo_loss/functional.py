@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from amapo_loss import _checks, _reference, kernels
 from amapo_loss._checks import Backend, Reduction
-from amapo_loss._moments import all_gather_row, merge_moments, moments
+from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments
 from amapo_loss._options import ConstantMargin, LossOptions
 from amapo_loss._pairs import Pairs
 from amapo_loss.diagnostics import Diagnostics
@@ -40,6 +40,7 @@ def amapo_loss(
     *,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
     beta: float = 2.0,
     label_smoothing: float = 0.0,
     margin: AdaptiveMargin = AdaptiveMargin(),
@@ -69,8 +70,11 @@ def amapo_loss(
             sums. Pass both references or neither. Compute them under `no_grad`, or gradients reach the reference model.
         ref_rejected_logps: [B] log-probs of the rejected responses under the reference model.
         chosen_lengths: [B] number of tokens in each chosen response, integer or floating. Pass both lengths if the
-            log-probs are sums and you want averages, else neither. A length of 0 is treated as 1.
+            log-probs are sums and you want averages, else neither. A length of 0 leaves the pair out, as a weight of
+            False does.
         rejected_lengths: [B] number of tokens in each rejected response.
+        weights: [B] bool. False leaves a pair out of the loss, the statistics and the diagnostics, whatever its
+            log-probs are, and its gradient is 0. `diagnostics.summary()["amapo/left_out"]` counts these pairs.
         beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs.
         label_smoothing: $\epsilon$ in [0, 0.5), the expected share of pairs whose labels are swapped.
         margin: the margin formula and its options.
@@ -98,8 +102,8 @@ def amapo_loss(
         cover a single pair, all margins are 0. There is no host-device synchronization.
 
     Raises:
-        TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if `beta`
-            or `label_smoothing` is not a number; if `margin`, `statistics` or `process_group` has a wrong type.
+        TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if
+            `weights` is not a bool tensor; if `beta` or `label_smoothing` is not a number; if `margin`, `statistics` or `process_group` has a wrong type.
         ValueError: if tensors are not 1-D or differ in shape or device; if only one of the two references or lengths is
             given; if `beta` or `label_smoothing` is out of range; if `reduction` or `backend` is unknown; if
             `backend="triton"` gets float64 log-probs or log-probs that are not on a GPU.
@@ -121,7 +125,7 @@ def amapo_loss(
     """
     options = LossOptions(beta, label_smoothing, margin, statistics, process_group, reduction, backend).checked()
     pairs = Pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, weights
     ).checked()
     if isinstance(statistics, ScoreStatistics):
         options = options._replace(statistics=_checked_statistics(statistics, chosen_logps.device))
@@ -136,6 +140,7 @@ def dpo_loss(
     *,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
@@ -147,8 +152,10 @@ def dpo_loss(
         rejected_logps: [B] log-probs of the rejected responses.
         ref_chosen_logps: [B] log-probs of the chosen responses under the reference model, required as the next one.
         ref_rejected_logps: [B] log-probs of the rejected responses under the reference model.
-        chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them.
+        chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them. A
+            length of 0 leaves the pair out.
         rejected_lengths: [B] number of tokens in each rejected response.
+        weights: [B] bool. False leaves a pair out.
         beta: scale of the ranking score, above 0. The usual 0.1 is meant for summed log-probs.
         label_smoothing: $\epsilon$ in [0, 0.5).
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
@@ -172,7 +179,7 @@ def dpo_loss(
     options = LossOptions(beta, label_smoothing, ConstantMargin(0.0), reduction=reduction).checked()
     _checks.floating_tensor("ref_chosen_logps", ref_chosen_logps)  # `Pairs` would accept None for both references
     pairs = Pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, weights
     ).checked()
     return _torch_loss(pairs, options)
 
@@ -183,6 +190,7 @@ def simpo_loss(
     *,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    weights: Tensor | None = None,
     beta: float = 2.0,
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
@@ -193,8 +201,10 @@ def simpo_loss(
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. SimPO uses averages over the response's tokens.
         rejected_logps: [B] log-probs of the rejected responses.
-        chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them.
+        chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them. A
+            length of 0 leaves the pair out.
         rejected_lengths: [B] number of tokens in each rejected response.
+        weights: [B] bool. False leaves a pair out.
         beta: scale of the ranking score, above 0.
         gamma: the margin in score units, finite. For SimPO's option `gamma_beta_ratio`, pass `beta` times that ratio.
         label_smoothing: $\epsilon$ in [0, 0.5).
@@ -217,7 +227,11 @@ def simpo_loss(
     """
     options = LossOptions(beta, label_smoothing, ConstantMargin(gamma), reduction=reduction).checked()
     pairs = Pairs(
-        chosen_logps, rejected_logps, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+        chosen_logps,
+        rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        weights=weights,
     ).checked()
     return _torch_loss(pairs, options)
 
@@ -244,8 +258,8 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
         rank_moments = all_gather_row(pair_loss.moments(pairs, options.beta), options.process_group)
     supplied = options.statistics
     if supplied is not None and not isinstance(supplied, ScoreStatistics):
-        _, (scores, *_) = _reference.log_ratio_differences(pairs.to_accumulation_dtype().detached(), options.beta)
-        supplied = _checked_statistics(supplied(scores, options.process_group), scores.device)
+        d, _ = _reference.log_ratio_differences(pairs.neutralized().to_accumulation_dtype(), options.beta)
+        supplied = _estimate(supplied, options.beta * d, pairs.counted(), options.process_group)
     output = pair_loss.pair_loss(pairs, options, supplied, rank_moments)
     diagnostics = Diagnostics(
         pairs.detached(),
@@ -253,39 +267,59 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
         ScoreStatistics(output.mean, output.std, output.num_pairs) if supplied is None else supplied,
         options.beta,
         options.label_smoothing,
-        summary_values=output.summary_values,
+        total_values=output.total_values,
     )
     return AMaPOOutput(output.loss, diagnostics)
 
 
 def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     """Compute the loss with the reference mathematics."""
-    pairs = pairs.to_accumulation_dtype()
-    d, rewards = _reference.log_ratio_differences(pairs, options.beta)
+    counted = pairs.counted()
+    counted_pairs = pairs.neutralized().to_accumulation_dtype()
+    d, rewards = _reference.log_ratio_differences(counted_pairs, options.beta)
     r = rewards[0]
     rank_moments = None
     if options.process_group is not None:
-        rank_moments = all_gather_row(moments(r), options.process_group)
+        rank_moments = all_gather_row(moments(r, counted), options.process_group)
+    elif counted is not None:
+        rank_moments = moments(r, counted)[None]
 
     statistics = options.statistics
     if statistics is None:
-        statistics = ScoreStatistics.of(r) if rank_moments is None else ScoreStatistics(*merge_moments(rank_moments))
-        mu = statistics.mean
-    else:
-        if not isinstance(statistics, ScoreStatistics):
-            statistics = _checked_statistics(statistics(r, options.process_group), r.device)
-        mu = statistics.mean + (0 * r).sum()  # NaN if a score is not finite, as the batch's own mean would be
+        statistics = (
+            ScoreStatistics.of(r)
+            if rank_moments is None
+            else ScoreStatistics(*mean_std_count(merge_moments(rank_moments)))
+        )
+    elif not isinstance(statistics, ScoreStatistics):
+        statistics = _estimate(statistics, options.beta * d, counted, options.process_group)
 
     if isinstance(options.margin, ConstantMargin):
         h = options.margin.gamma + 0 * r  # NaN for a pair whose score is not finite, so that its loss is NaN
     else:
-        input_scale = _reference.input_scale(pairs, rewards, options.beta)
+        # NaN if a score is not finite. The mean of the batch is NaN then, but not that of supplied statistics.
+        mu = statistics.mean if options.statistics is None else statistics.mean + (0 * r).sum()
+        input_scale = _reference.input_scale(counted_pairs, rewards, options.beta)
         h = _reference.adaptive_margins(r, mu, statistics.std, input_scale, options.beta, options.margin)
 
     losses = _reference.pair_losses(d, h, options.beta, options.label_smoothing)
+    if counted is not None:
+        h, losses = h.masked_fill(~counted, 0), losses.masked_fill(~counted, 0)
     loss = _reduce(losses, options.reduction, rank_moments)
     diagnostics = Diagnostics(pairs.detached(), h, statistics, options.beta, options.label_smoothing, rewards)
     return AMaPOOutput(loss, diagnostics)
+
+
+def _estimate(
+    estimator: Estimator,
+    scores: Tensor,  # [B]
+    counted: Tensor | None,  # [B]
+    process_group: ProcessGroup | None,
+) -> ScoreStatistics:
+    """Return the statistics of an estimator, which sees NaN for the pairs that are left out."""
+    if counted is not None:
+        scores = torch.where(counted, scores, torch.nan)
+    return _checked_statistics(estimator(scores, process_group), scores.device)
 
 
 def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
@@ -302,7 +336,7 @@ def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> Sc
 def _reduce(
     losses: Tensor,  # [B]
     reduction: Reduction,
-    rank_moments: Tensor | None,  # [ranks, 3], with a process group
+    rank_moments: Tensor | None,  # [ranks, 3], with a process group, weights or lengths
 ) -> Tensor:
     """Return the losses, their sum, or their mean over the pairs of all ranks times the number of ranks."""
     if reduction == "none":

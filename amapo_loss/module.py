@@ -3,6 +3,9 @@
 Depends on `functional` and the types of its arguments.
 """
 
+import copy
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -76,11 +79,13 @@ class AMaPOLoss(nn.Module):
         *,
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the chosen rewards [B] and the rejected rewards [B], the latter two detached.
 
         The first four tensors are `chosen_logps`, `rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` of
-        `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. The lengths are those of `amapo_loss`.
+        `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. The lengths and the weights are those of
+        `amapo_loss`.
         """
         loss, self.diagnostics = amapo_loss(
             policy_chosen_logps,
@@ -89,6 +94,7 @@ class AMaPOLoss(nn.Module):
             reference_rejected_logps,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
+            weights=weights,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             margin=self.margin,
@@ -98,6 +104,21 @@ class AMaPOLoss(nn.Module):
             backend=self.backend,
         )
         return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AMaPOLoss":
+        """Copy everything but the process group, which is a handle and cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "AMaPOLoss with a process_group cannot be pickled: save its state_dict(), or set process_group to None"
+            )
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         """Return beta, label smoothing and margin, for `print(module)`."""

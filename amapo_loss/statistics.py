@@ -3,7 +3,8 @@
 Depends only on torch, the argument checks and the moments.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amapo_loss import _checks
-from amapo_loss._moments import all_gather_row, merge_moments, moments
+from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments
 
 
 class ScoreStatistics(NamedTuple):
@@ -62,7 +63,7 @@ class ScoreStatistics(NamedTuple):
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
         scores = scores.detach()
         if process_group is not None:
-            return cls(*merge_moments(all_gather_row(moments(scores), process_group)))
+            return cls(*mean_std_count(merge_moments(all_gather_row(moments(scores), process_group))))
         n = scores.shape[0]
         count = torch.full((), n, device=scores.device)
         scores = scores.to(_checks.accumulation_dtype(scores))
@@ -86,7 +87,9 @@ class Estimator(Protocol):
         """Return the statistics that the margins are made from.
 
         Args:
-            scores: [B] detached scores of this rank's pairs.
+            scores: [B] scores of this rank's pairs. They require a gradient if one is wanted for the pairs, so that an
+                estimator with a memory can tell training from evaluation. No gradient flows through the result. A pair
+                that is left out has the score NaN: ignore it.
             process_group: the group that `amapo_loss` was given. Every rank of it must return the same statistics.
         """
 
@@ -95,17 +98,22 @@ class ScoreWindow(nn.Module):
     r"""An nn.Module that returns the statistics of the newest `size` scores, for small micro-batches.
 
     For each batch, it returns the statistics over the batch and over the newest stored scores, together `size` scores.
-    If the batch alone has more than `size` scores, the statistics are those of the batch. In training mode, the window
-    then stores the scores of the batch, except those that are NaN or infinite. In evaluation mode it stores nothing.
-    Stored scores come from an earlier policy, so choose `size` near the number of pairs per optimizer step, summed over
-    all ranks.
+    If the batch alone has more than `size` scores, the statistics are those of the batch. Scores that are NaN or
+    infinite are ignored.
+
+    The window then stores the scores of the batch, but only in training mode and if a gradient is wanted for them
+    (`scores.requires_grad`). Evaluation and reference passes leave it as it is. Stored scores come from an earlier
+    policy, so choose `size` near the number of pairs per optimizer step, summed over all ranks.
 
     With a process group, the scores of all ranks are gathered and ordered by rank. This adds one all-gather of
     `size` + 3 numbers per rank. Every rank stores the same scores, so that the windows of all ranks stay bitwise equal
     and saving the state of one rank is enough.
 
-    The window must be on the device of the scores, so move it with `to`. A saved state is loaded onto the device that
-    the window is on. There is no host-device synchronization.
+    The stored scores are state of the run and not weights. They are in `state_dict`, and `to` moves them to another
+    device, but they are no buffers: `to` does not change their dtype, and DDP does not broadcast them. The window must
+    be on the device of the scores. A state is loaded onto the device that the window is on. The state of a window of
+    another size is accepted, and its newest scores are kept. There is no host-device synchronization, except in
+    `load_state_dict`.
 
     Args:
         size: number of scores, at least 1.
@@ -113,14 +121,14 @@ class ScoreWindow(nn.Module):
     Raises:
         TypeError: if `size` is not an int.
         ValueError: if `size` is below 1.
-        RuntimeError: from `load_state_dict`, if the saved size differs.
+        RuntimeError: from `load_state_dict`, if the state is not that of a window.
 
     Example:
         >>> import torch
         >>> window = ScoreWindow(4)
-        >>> window(torch.tensor([1.0, 2.0, 3.0])).mean
+        >>> window(torch.tensor([1.0, 2.0, 3.0], requires_grad=True)).mean
         tensor(2., dtype=torch.float64)
-        >>> window(torch.tensor([5.0, 7.0])).mean  # the mean of 2, 3, 5 and 7
+        >>> window(torch.tensor([5.0, 7.0], requires_grad=True)).mean  # the mean of 2, 3, 5 and 7
         tensor(4.2500, dtype=torch.float64)
 
     """
@@ -133,27 +141,29 @@ class ScoreWindow(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         _checks.integer("size", size, at_least=1)
-        self.register_buffer("scores", torch.zeros(size))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        # Plain attributes. As buffers they would be rounded by `.to(torch.bfloat16)`, and overwritten by DDP, which
+        # broadcasts buffers from rank 0.
+        self.scores = torch.zeros(size)
+        self.seen = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def forward(self, scores: Tensor, process_group: dist.ProcessGroup | None = None) -> ScoreStatistics:
-        """Return the statistics over `scores` [B] and the newest stored scores; in training mode, store `scores`."""
+        """Return the statistics over `scores` [B] and the newest stored scores; store `scores` if training."""
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
         if scores.device != self.scores.device:
             raise ValueError(f"scores is on {scores.device}, expected the device of the window, {self.scores.device}")
         size = len(self.scores)
         latest = F.pad(scores[-size:].double(), (max(size - len(scores), 0), 0), value=torch.nan)
-        rows = all_gather_row(torch.cat([moments(scores), latest]), process_group)
+        rows = all_gather_row(torch.cat([moments(scores, scores.isfinite()), latest]), process_group)
         batch_moments, latest = rows[:, :3], rows[:, 3:].flatten()
 
         age = (self.seen - 1 - torch.arange(size, device=scores.device)) % size  # 0 is the latest score
         in_window = (age < self.seen) & (age < size - batch_moments[:, 0].sum())
         earlier_moments = moments(self.scores, in_window)
-        statistics = ScoreStatistics(*merge_moments(torch.cat([batch_moments, earlier_moments[None]])))
-        if self.training:
+        merged = merge_moments(torch.cat([batch_moments, earlier_moments[None]]))
+        if self.training and scores.requires_grad:
             self._remember(latest)
-        return statistics
+        return ScoreStatistics(*mean_std_count(merged))
 
     def _remember(
         self,
@@ -174,6 +184,51 @@ class ScoreWindow(nn.Module):
         """Forget all scores."""
         self.scores.zero_()
         self.seen.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreWindow":
+        """Move to the device that `fn` moves tensors to, as `to`, `cuda` and `cpu` ask; keep the dtypes."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.scores.device)).device
+        self.scores, self.seen = self.scores.to(device), self.seen.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scores"], destination[prefix + "seen"] = self.scores, self.seen
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + "scores", prefix + "seen"]
+        absent = [name for name in names if name not in state_dict]
+        missing_keys += absent
+        if not absent:
+            self._load(*(state_dict[name] for name in names))
+        others = {name: value for name, value in state_dict.items() if name not in names}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _load(
+        self,
+        scores: Tensor,  # [size of the saved window]
+        seen: Tensor,  # 0-dim
+    ) -> None:
+        if len(scores) == len(self.scores):
+            self.scores.copy_(scores)
+            self.seen.copy_(seen)
+            return
+        stored = min(int(seen), len(scores))
+        newest_first = scores[(seen.to(scores.device) - 1 - torch.arange(stored, device=scores.device)) % len(scores)]
+        kept = newest_first[: len(self.scores)].flip(0)
+        self.reset()
+        self.scores[: len(kept)].copy_(kept)
+        self.seen.fill_(len(kept))
 
     def extra_repr(self) -> str:
         """Return the size, for `print(module)`."""

@@ -1,4 +1,4 @@
-r"""The AMaPO loss of a batch in one or two kernel launches, with its gradient and the summary that a trainer logs.
+r"""The AMaPO loss of a batch in one or two kernel launches, with its gradient and the totals of its summary.
 
 Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch computes the
 statistics and a second one the loss. This file has, from top to bottom, bundles of kernel arguments, the mathematics in
@@ -32,23 +32,17 @@ MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
-# Indices into the 16 totals of a block of pairs. `_process_block` lists all totals; these are used by name. The last
-# two are empty in the totals, and in the summary they have the statistics.
-NUM_CORRECT = tl.constexpr(3)
-MARGIN_SUM = tl.constexpr(7)
-CORRECT_WEIGHT_SUM = tl.constexpr(10)
-MISRANKED_WEIGHT_SUM = tl.constexpr(11)
-NUM_NONFINITE = tl.constexpr(12)
+# Indices into the totals [16] of a block of pairs. `_process_block` lists all of them; these are used by name.
+NUM_SUMS = tl.constexpr(13)  # totals 0 to 12 are sums
+MARGIN_SUM = tl.constexpr(9)
 MAX_MARGIN = tl.constexpr(13)
-SCORE_MEAN = tl.constexpr(14)
-SCORE_STD = tl.constexpr(15)
 
 
 # Bundles of kernel arguments. In a kernel, a tensor is a pointer to its first element.
 
 
 class Responses(NamedTuple):
-    """The chosen or the rejected responses. The stride of a tensor that is None is 0."""
+    """The chosen or the rejected responses of a batch."""
 
     logps: Tensor  # [n]
     logps_stride: int
@@ -56,6 +50,15 @@ class Responses(NamedTuple):
     ref_stride: int
     lengths: Tensor | None  # [n]
     lengths_stride: int
+
+
+class Batch(NamedTuple):
+    """The pairs, as many tensors as they have. The stride of a tensor that is None is 0."""
+
+    chosen: Responses
+    rejected: Responses
+    weights: Tensor | None  # [n] bool
+    weights_stride: int
 
 
 class Statistics(NamedTuple):
@@ -73,12 +76,26 @@ class Outputs(NamedTuple):
     loss: Tensor  # 0-dim, or [n] with reduction="none"
     gradient: Tensor | None  # [2, n] with respect to the chosen and to the rejected log-probs; None if not wanted
     margins: Tensor  # [n]
-    summary_values: Tensor  # [15]
+    total_values: Tensor  # [17] float64, the values of `amapo_loss.Totals`
     mean_and_std: Tensor  # [2] float64
     num_pairs: Tensor  # 0-dim int64
 
 
 # The mathematics.
+
+
+@triton.jit
+def _counted(batch, i, in_range):
+    """Return which of the pairs i are in range and not left out."""
+    counted = in_range
+    if batch.weights is not None:
+        counted = tl.load(batch.weights + i * batch.weights_stride, mask=counted, other=0) != 0
+    if batch.chosen.lengths is not None:
+        chosen_lengths = batch.chosen.lengths + i * batch.chosen.lengths_stride
+        counted = tl.load(chosen_lengths, mask=counted, other=0) != 0
+        rejected_lengths = batch.rejected.lengths + i * batch.rejected.lengths_stride
+        counted = tl.load(rejected_lengths, mask=counted, other=0) != 0
+    return counted
 
 
 @triton.jit
@@ -97,20 +114,20 @@ def _load_responses(responses, i, mask):
     length = 1.0
     if responses.lengths is not None:
         length = tl.load(responses.lengths + i * responses.lengths_stride, mask=mask, other=1).to(tl.float32)
-        length = tl.where(length == 0, 1.0, length)
         ratio = tl.div_rn(ratio, length)
         input_scale = tl.div_rn(input_scale, length)
     return logps, ratio, length, tl.maximum(input_scale, tl.abs(ratio))
 
 
 @triton.jit
-def _load_pairs(chosen, rejected, i, mask, beta):
+def _load_pairs(batch, i, mask, beta):
     """Return the scores r = beta * d of the pairs i, their input scales, and (log-prob, log-ratio, length) twice.
 
-    These three are the terms of the chosen responses, then those of the rejected responses.
+    These three are the terms of the chosen responses, then those of the rejected responses. Where the mask is false,
+    nothing is read, and the score is 0.
     """
-    chosen_logps, chosen_ratio, chosen_length, chosen_scale = _load_responses(chosen, i, mask)
-    rejected_logps, rejected_ratio, rejected_length, rejected_scale = _load_responses(rejected, i, mask)
+    chosen_logps, chosen_ratio, chosen_length, chosen_scale = _load_responses(batch.chosen, i, mask)
+    rejected_logps, rejected_ratio, rejected_length, rejected_scale = _load_responses(batch.rejected, i, mask)
     d = chosen_ratio - rejected_ratio
     r = beta * d
     input_scale = beta * tl.maximum(tl.abs(d), tl.maximum(chosen_scale, rejected_scale))
@@ -119,21 +136,22 @@ def _load_pairs(chosen, rejected, i, mask, beta):
 
 
 @triton.jit
-def _pivot_score(chosen, rejected, n, beta):
-    """Return the score of pair 0, which is subtracted from every score before summing; 0 if there are no pairs."""
+def _pivot_score(batch, n, beta):
+    """Return the score of pair 0, which is subtracted from every score before summing; 0 if it is left out."""
     i = tl.full((), 0, tl.int64)
-    return _load_pairs(chosen, rejected, i, i < n, beta)[0]
+    return _load_pairs(batch, i, _counted(batch, i, i < n), beta)[0]
 
 
 @triton.jit
 def _partial_sums(r, pivot, input_scale, mask):
-    """Return the sum and the sum of squares of r - pivot, the largest |r| and the largest input scale.
+    """Return the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, and the count.
 
     If all scores are equal, both sums are exactly 0.
     """
     from_pivot = tl.where(mask, r.to(tl.float64) - pivot.to(tl.float64), 0.0)
     max_score = tl.max(tl.where(mask, tl.abs(r), 0.0))
-    return tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), max_score, tl.max(tl.where(mask, input_scale, 0.0))
+    max_scale = tl.max(tl.where(mask, input_scale, 0.0))
+    return tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), max_score, max_scale, tl.sum(mask.to(tl.int32))
 
 
 @triton.jit
@@ -226,6 +244,7 @@ def _pair_losses(r, h, label_smoothing):
 def _process_block(
     pairs,
     i,
+    in_range,
     mask,
     mu,
     sigma,
@@ -249,32 +268,32 @@ def _process_block(
     h = _adaptive_margins(r, mu, sigma, input_scale, max_score, beta, PAPER, NORMALIZE, EXP, CLIP)
     losses, weights = _pair_losses(r, h, label_smoothing)
 
-    tl.store(out.margins + i, h, mask=mask)
+    tl.store(out.margins + i, tl.where(mask, h, 0.0), mask=in_range)
     if PER_PAIR:
-        tl.store(out.loss + i, losses, mask=mask)
+        tl.store(out.loss + i, tl.where(mask, losses, 0.0), mask=in_range)
     if out.gradient is not None:
-        tl.store(out.gradient + i, -beta * loss_scale * weights / chosen_length, mask=mask)
-        tl.store(out.gradient + n + i, beta * loss_scale * weights / rejected_length, mask=mask)
+        grad_score = tl.where(mask, beta * loss_scale * weights, 0.0)
+        tl.store(out.gradient + i, -grad_score / chosen_length, mask=in_range)
+        tl.store(out.gradient + n + i, grad_score / rejected_length, mask=in_range)
 
-    # Totals 0 to 12 are the sums of these columns: the loss, and what the values of the summary are made of.
-    columns = (
+    columns = (  # the loss, and then the order of the entries of `Totals` between the moments and the maximum
         losses,
+        (r > 0).to(tl.float32),
+        (r <= 0).to(tl.float32),
+        tl.where(r > 0, weights, 0.0),
+        tl.where(r <= 0, weights, 0.0),
         beta * chosen_ratio,
         beta * rejected_ratio,
-        (r > 0).to(tl.float32),
-        r,
         chosen_logps,
         rejected_logps,
         h,
         (h > 0).to(tl.float32),
         (r > mu.to(tl.float32)).to(tl.float32),
-        tl.where(r > 0, weights, 0.0),
-        tl.where(r <= 0, weights, 0.0),
         tl.where(tl.abs(r) < INF, 0.0, 1.0),
     )
     k = tl.arange(0, 16)
     totals = tl.where(k == MAX_MARGIN, tl.max(tl.where(mask, h, -INF)), 0.0)
-    for column in tl.static_range(MAX_MARGIN):
+    for column in tl.static_range(NUM_SUMS):
         totals = tl.where(k == column, tl.sum(tl.where(mask, columns[column], 0.0)), totals)
     return totals
 
@@ -286,24 +305,21 @@ def _add_totals(totals, more):
 
 
 @triton.jit
-def _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
-    """Write what describes the whole batch: the reduced loss, the summary, the statistics and the number of pairs."""
+def _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
+    """Write what describes the whole batch: the reduced loss, the totals, the statistics and the number of pairs."""
     k = tl.arange(0, 16)
     if not PER_PAIR:
         tl.store(out.loss + k, loss_scale * totals, mask=k == 0)
-    num_correct = tl.sum(tl.where(k == NUM_CORRECT, totals, 0.0))
     margin_sum = tl.sum(tl.where(k == MARGIN_SUM, totals, 0.0))
-    max_margin = tl.sum(tl.where(k == MAX_MARGIN, totals, 0.0))
-    max_margin = tl.where(margin_sum != margin_sum, margin_sum, max_margin)  # tl.max drops a NaN, the sum keeps it
-
-    denominator = tl.where(k == CORRECT_WEIGHT_SUM, num_correct, tl.cast(n, tl.float32))
-    denominator = tl.where(k == MISRANKED_WEIGHT_SUM, n - num_correct, denominator)
-    denominator = tl.where(k >= NUM_NONFINITE, 1.0, tl.maximum(denominator, 1.0))
-    summary = totals / denominator
-    summary = tl.where(k == MAX_MARGIN, tl.where(n == 0, 0.0, max_margin), summary)
-    summary = tl.where(k == SCORE_MEAN, mu.to(tl.float32), summary)
-    summary = tl.where(k == SCORE_STD, sigma, summary)
-    tl.store(out.summary_values + k - 1, summary, mask=k > 0)
+    # tl.max drops a NaN, and the sum keeps it.
+    totals = tl.where(k == MAX_MARGIN, tl.where(margin_sum != margin_sum, margin_sum, totals), totals)
+    own_count, mean, m2 = own_moments
+    tl.store(out.total_values, own_count)
+    tl.store(out.total_values + 1, mean)
+    tl.store(out.total_values + 2, m2)
+    tl.store(out.total_values + 2 + k, totals.to(tl.float64), mask=(k > 0) & (k < MAX_MARGIN))
+    tl.store(out.total_values + 15, n - own_count)  # the number of pairs that are left out
+    tl.store(out.total_values + 3 + k, totals.to(tl.float64), mask=k == MAX_MARGIN)
     tl.store(out.mean_and_std, mu)  # not rounded, so that a batch that is supplied with it gets the same margins
     tl.store(out.mean_and_std + 1, sigma.to(tl.float64))
     tl.store(out.num_pairs, count.to(tl.int64))
@@ -314,8 +330,7 @@ def _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR:
 
 @triton.jit
 def _one_launch_kernel(
-    chosen,
-    rejected,
+    batch,
     statistics,
     beta_ptr,
     out,
@@ -328,24 +343,28 @@ def _one_launch_kernel(
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
-    MEAN_OVER_RANKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    MEAN_ON_DEVICE: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute everything in one program, which holds all n <= BLOCK pairs."""
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
-    pivot = _pivot_score(chosen, rejected, n, beta)
+    pivot = _pivot_score(batch, n, beta)
     i = tl.arange(0, BLOCK).to(tl.int64)
-    mask = i < n
-    pairs = _load_pairs(chosen, rejected, i, mask, beta)
-    sum1, sum2, max_score, input_scale = _partial_sums(pairs[0], pivot, pairs[1], mask)
-    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
-    if MEAN_OVER_RANKS:
+    mask = _counted(batch, i, i < n)
+    pairs = _load_pairs(batch, i, mask, beta)
+    sum1, sum2, max_score, input_scale, own_count = _partial_sums(pairs[0], pivot, pairs[1], mask)
+    if not MASKED:
+        own_count = n
+    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, own_count, BLOCK_RANKS)
+    if MEAN_ON_DEVICE:
         loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
     totals = _process_block(
         pairs,
         i,
+        i < n,
         mask,
         mu + 0 * sum1,  # NaN if a score is NaN, also where the mean is supplied
         sigma,
@@ -362,64 +381,73 @@ def _one_launch_kernel(
         EXP,
         CLIP,
     )
-    _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR)
+    own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
+    _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 @triton.jit
-def _moments_kernel(chosen, rejected, beta_ptr, moments, n, beta, BLOCK: tl.constexpr):
+def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Write the moments [3] of this rank's scores, which the other ranks need, in one program."""
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
-    pivot = _pivot_score(chosen, rejected, n, beta)
+    pivot = _pivot_score(batch, n, beta)
     sum1 = tl.zeros((), tl.float64)
     sum2 = tl.zeros((), tl.float64)
+    own_count = tl.zeros((), tl.int32)
     for block in range(0, tl.cdiv(n, BLOCK)):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        pairs = _load_pairs(chosen, rejected, i, i < n, beta)
-        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], i < n)
+        mask = _counted(batch, i, i < n)
+        pairs = _load_pairs(batch, i, mask, beta)
+        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], mask)
         sum1 += partial_sums[0]
         sum2 += partial_sums[1]
-    count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, n)
+        own_count += partial_sums[4]
+    if not MASKED:
+        own_count = n
+    count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, own_count)
     tl.store(moments, count)
     tl.store(moments + 1, mean)
     tl.store(moments + 2, m2)
 
 
 @triton.jit
-def _statistics_kernel(chosen, rejected, beta_ptr, partials, done_counter, n, beta, BLOCK: tl.constexpr):
-    """Write the partial sums [4, P] of the P programs of this launch, the first of two, and reset the counter.
+def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the partial sums [5, P] of the P programs of this launch, the first of two, and reset the counter.
 
     This is a grid-stride loop: program p takes the blocks of pairs p, p + P, p + 2P, ...
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
-    pivot = _pivot_score(chosen, rejected, n, beta)
+    pivot = _pivot_score(batch, n, beta)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     sum1 = tl.zeros((), tl.float64)
     sum2 = tl.zeros((), tl.float64)
     max_score = tl.zeros((), tl.float32)
     input_scale = tl.zeros((), tl.float32)
+    own_count = tl.zeros((), tl.int32)
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = i < n
-        pairs = _load_pairs(chosen, rejected, i, mask, beta)
+        mask = _counted(batch, i, i < n)
+        pairs = _load_pairs(batch, i, mask, beta)
         partial_sums = _partial_sums(pairs[0], pivot, pairs[1], mask)
         sum1 += partial_sums[0]
         sum2 += partial_sums[1]
         max_score = tl.maximum(max_score, partial_sums[2])
         input_scale = tl.maximum(input_scale, partial_sums[3])
+        own_count += partial_sums[4]
     tl.store(partials + program, sum1)
     tl.store(partials + num_programs + program, sum2)
     tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
     tl.store(partials + 3 * num_programs + program, input_scale.to(tl.float64))
+    if MASKED:
+        tl.store(partials + 4 * num_programs + program, own_count.to(tl.float64))
     if program == 0:
         tl.store(done_counter, 0)
 
 
 @triton.jit
 def _loss_kernel(
-    chosen,
-    rejected,
+    batch,
     statistics,
     beta_ptr,
     partials,
@@ -436,26 +464,30 @@ def _loss_kernel(
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
-    MEAN_OVER_RANKS: tl.constexpr,
+    MASKED: tl.constexpr,
+    MEAN_ON_DEVICE: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute everything from the partial sums [4, num_partials] in a launch of Q programs, the second of two.
+    """Compute everything from the partial sums [5, num_partials] in a launch of Q programs, the second of two.
 
     This is a grid-stride loop as in the first launch. Each program writes its totals to a row of `program_totals`
     [Q, 16], and the last program to finish adds up the rows.
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
-    pivot = _pivot_score(chosen, rejected, n, beta)
+    pivot = _pivot_score(batch, n, beta)
     q = tl.arange(0, MAX_PARTIALS)
     sum1 = tl.sum(tl.load(partials + q, mask=q < num_partials, other=0.0))
     sum2 = tl.sum(tl.load(partials + num_partials + q, mask=q < num_partials, other=0.0))
     max_score = tl.max(tl.load(partials + 2 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
     input_scale = tl.max(tl.load(partials + 3 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
-    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS)
-    if MEAN_OVER_RANKS:
+    own_count = tl.cast(n, tl.float64)
+    if MASKED:
+        own_count = tl.sum(tl.load(partials + 4 * num_partials + q, mask=q < num_partials, other=0.0))
+    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, own_count, BLOCK_RANKS)
+    if MEAN_ON_DEVICE:
         loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -464,10 +496,11 @@ def _loss_kernel(
     totals = no_pairs
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = i < n
+        mask = _counted(batch, i, i < n)
         block_totals = _process_block(
-            _load_pairs(chosen, rejected, i, mask, beta),
+            _load_pairs(batch, i, mask, beta),
             i,
+            i < n,
             mask,
             mu + 0 * sum1,  # NaN if a score is NaN, also where the mean is supplied
             sigma,
@@ -499,19 +532,21 @@ def _loss_kernel(
             )
             rows = tl.where(row < num_programs, rows, no_pairs[None, :])
             totals = _add_totals(totals, tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0)))
-        _write_batch_outputs(totals, mu, sigma, count, n, loss_scale, out, PER_PAIR)
+        own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
+        _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 # The launch. The arguments are flat because the schema of a PyTorch operator asks for it.
 
 
 def _launch(
-    chosen_logps: Tensor,  # [n], like the five that follow
+    chosen_logps: Tensor,  # [n], like the six that follow
     rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    weights: Tensor | None,
     mean: Tensor | None,  # 0-dim, supplied statistics
     std: Tensor | None,  # 0-dim
     rank_moments: Tensor | None,  # [ranks, 3]
@@ -527,16 +562,18 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernels and return the fields of `Outputs`; the gradient is empty without `with_gradient`."""
     outputs = _allocate_outputs(chosen_logps, reduction, with_gradient)
-    loss, gradient, margins, summary_values, mean_and_std, num_pairs = outputs
-    out = Outputs(loss, gradient if with_gradient else None, margins, summary_values, mean_and_std, num_pairs)
+    loss, gradient, margins, total_values, mean_and_std, num_pairs = outputs
+    out = Outputs(loss, gradient if with_gradient else None, margins, total_values, mean_and_std, num_pairs)
     n = len(margins)
     chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
+    batch = Batch(chosen, rejected, weights, 0 if weights is None else weights.stride(0))
+    masked = weights is not None or chosen_lengths is not None  # whether pairs may be left out
     num_ranks = 1 if rank_moments is None else len(rank_moments)
     statistics = Statistics(mean, std, rank_moments, num_ranks)
-    mean_over_ranks = reduction == "mean" and rank_moments is not None
-    # With ranks, the kernel divides by the number of pairs of all ranks, which only the device knows.
-    if mean_over_ranks:
+    # Only the device knows how many pairs the other ranks have, and how many pairs are left out.
+    mean_on_device = reduction == "mean" and (rank_moments is not None or masked)
+    if mean_on_device:
         loss_scale = float(num_ranks)
     else:
         loss_scale = 1 / max(n, 1) if reduction == "mean" else 1.0
@@ -547,7 +584,8 @@ def _launch(
         "NORMALIZE": normalize,
         "EXP": exponential,
         "CLIP": clip,
-        "MEAN_OVER_RANKS": mean_over_ranks,
+        "MASKED": masked,
+        "MEAN_ON_DEVICE": mean_on_device,
         "BLOCK_RANKS": triton.next_power_of_2(num_ranks),
         "enable_fp_fusion": False,
     }
@@ -556,30 +594,29 @@ def _launch(
             block = max(128, triton.next_power_of_2(n))
             num_warps = min(max(block // 512, 1), 16)
             _one_launch_kernel[(1,)](
-                chosen, rejected, statistics, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
+                batch, statistics, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
             )
             return outputs
         num_partials, num_programs = (
             min(triton.cdiv(n, BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
         )
-        partials = margins.new_empty((4, num_partials), dtype=torch.float64)
+        partials = margins.new_empty((5, num_partials), dtype=torch.float64)
         program_totals = margins.new_empty((num_programs, 16))
         done_counter = margins.new_empty((), dtype=torch.int32)
         _statistics_kernel[(num_partials,)](
-            chosen,
-            rejected,
+            batch,
             beta_tensor,
             partials,
             done_counter,
             n,
             beta,
+            MASKED=masked,
             BLOCK=BLOCK_PAIRS,
             num_warps=8,
             enable_fp_fusion=False,
         )
         _loss_kernel[(num_programs,)](
-            chosen,
-            rejected,
+            batch,
             statistics,
             beta_tensor,
             partials,
@@ -597,22 +634,33 @@ def _launch(
 
 
 def _launch_moments(
-    chosen_logps: Tensor,  # [n], like the five that follow
+    chosen_logps: Tensor,  # [n], like the six that follow
     rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    weights: Tensor | None,
     beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
     beta: float,
 ) -> Tensor:
     """Return the moments [3] of the scores in float64: count, mean and M2."""
     chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
+    batch = Batch(chosen, rejected, weights, 0 if weights is None else weights.stride(0))
+    masked = weights is not None or chosen_lengths is not None
     out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
     with torch.cuda.device_of(chosen_logps):
         _moments_kernel[(1,)](
-            chosen, rejected, beta_tensor, out, n, beta, BLOCK=BLOCK_PAIRS, num_warps=8, enable_fp_fusion=False
+            batch,
+            beta_tensor,
+            out,
+            n,
+            beta,
+            MASKED=masked,
+            BLOCK=BLOCK_PAIRS,
+            num_warps=8,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -627,7 +675,7 @@ def _allocate_outputs(
         empty((n,) if reduction == "none" else ()),
         empty((2, n) if with_gradient else (0,)),
         empty((n,)),
-        empty((15,)),
+        empty((17,), dtype=torch.float64),
         empty((2,), dtype=torch.float64),
         empty((), dtype=torch.int64),
     )
@@ -678,7 +726,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        no_gradients = (None,) * 18  # one for each argument of `_launch`
+        no_gradients = (None,) * 19  # one for each argument of `_launch`
         if grad_output is None:
             return no_gradients
         gradient, *logps = ctx.saved_tensors
@@ -727,7 +775,7 @@ class PairLossOutput(NamedTuple):
 
     loss: Tensor  # 0-dim, or [n] with reduction="none"
     margins: Tensor  # [n]
-    summary_values: Tensor  # [15]
+    total_values: Tensor  # [17] float64
     mean: Tensor  # 0-dim float64: the supplied mean, else that of all ranks, else that of these pairs
     std: Tensor  # 0-dim float64, likewise
     num_pairs: Tensor  # 0-dim int64, of all ranks
@@ -744,7 +792,7 @@ def pair_loss(
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
     margin = options.margin
     assert isinstance(margin, AdaptiveMargin)
-    loss, _, margins, summary_values, mean_and_std, num_pairs = run(
+    loss, _, margins, total_values, mean_and_std, num_pairs = run(
         *pairs,
         *((None, None) if statistics is None else statistics[:2]),
         rank_moments,
@@ -757,7 +805,7 @@ def pair_loss(
         options.reduction,
         with_gradient,
     )
-    return PairLossOutput(loss, margins, summary_values, mean_and_std[0], mean_and_std[1], num_pairs)
+    return PairLossOutput(loss, margins, total_values, mean_and_std[0], mean_and_std[1], num_pairs)
 
 
 def moments(pairs: Pairs, beta: float) -> Tensor:

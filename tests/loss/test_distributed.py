@@ -1,6 +1,9 @@
 """Data parallelism: several real processes must compute what one process computes from the pairs of all of them."""
 
+import copy
+import io
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -157,6 +160,7 @@ def update_a_window(rank: int, group: dist.ProcessGroup) -> list[Any]:
         scores = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(step))
         if step == 1:
             scores[0] = float("nan")
+        scores.requires_grad_()  # a window stores only scores that a gradient is wanted for
         statistics = window(scores.split(sizes)[rank], group)
         states.append((statistics, {name: value.clone() for name, value in window.state_dict().items()}, scores))
     return states
@@ -169,6 +173,7 @@ def test_a_window_is_the_same_on_all_ranks_and_in_one_process() -> None:
         expected = window(scores)
         torch.testing.assert_close(list(statistics), list(other_statistics), rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(list(statistics), list(expected), rtol=1e-12, atol=1e-12, equal_nan=True)
+        assert state["seen"] > 0
         assert all(torch.equal(state[name], other_state[name]) for name in state)
         # The same scores may lie at other indices of the ring buffer. In the step with 22 scores, a group counts 14 of
         # them as seen, the last 12 of rank 0 and both of rank 1, while one process counts the last 12.
@@ -238,3 +243,61 @@ def call_the_loss_wrongly_on_rank_1(rank: int, group: dist.ProcessGroup) -> None
 def test_the_other_ranks_raise_if_one_rank_does_not_take_part() -> None:
     with pytest.raises(Exception, match=r"the score statistics of process_group could not be gathered"):
         on_ranks(2, call_the_loss_wrongly_on_rank_1, timeout=4)
+
+
+def reduce_totals(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Return the summary of both ranks, of which each has its share of the pairs and leaves some out."""
+    warnings.simplefilter("error")  # no function of torch.distributed that we call may be deprecated
+    pairs, weights = pairs_of_all_ranks(12), torch.arange(12) % 4 > 0
+    share = slice(0, 5) if rank == 0 else slice(5, 12)
+    _, diagnostics = amapo_loss(*(x[share] for x in pairs), weights=weights[share], process_group=group)
+    return diagnostics.totals().reduced(group).summary()
+
+
+def test_the_summary_of_reduced_totals_is_that_of_one_process() -> None:
+    expected = amapo_loss(*pairs_of_all_ranks(12), weights=torch.arange(12) % 4 > 0).diagnostics.totals().summary()
+    for summary in on_ranks(2, reduce_totals):
+        torch.testing.assert_close(summary, expected, rtol=1e-6, atol=1e-6)
+
+
+def train_with_a_window_of_its_own(rank: int, group: dist.ProcessGroup) -> None:
+    """DDP broadcasts the buffers of rank 0 before each forward pass. The window must not be among them."""
+    window = ScoreWindow(8)
+    loss_fn = AMaPOLoss(statistics=window)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.loss_fn = small_network(), loss_fn
+
+        def forward(self, features: Tensor) -> Tensor:
+            loss: Tensor = self.loss_fn(*self.network(features).squeeze(1).chunk(2))[0]
+            return loss
+
+    model, own_scores = DistributedDataParallel(Model()), []
+    for step in range(2):
+        pairs = slice(4 * (2 * step + rank), 4 * (2 * step + rank + 1))
+        model(torch.cat([CHOSEN[pairs], REJECTED[pairs]])).backward()
+        assert loss_fn.diagnostics is not None
+        own_scores.append(loss_fn.diagnostics.scores)
+    assert torch.equal(window.scores.sort().values, torch.cat(own_scores).sort().values)
+
+
+def test_ddp_leaves_the_window_of_each_rank_alone() -> None:
+    on_ranks(2, train_with_a_window_of_its_own)
+
+
+def copy_a_loss(rank: int, group: dist.ProcessGroup) -> None:
+    loss_fn = AMaPOLoss(process_group=group, statistics=ScoreWindow(8))
+    clone = copy.deepcopy(loss_fn)
+    assert clone.process_group is group
+    loss_fn(*random_logps(4))
+    assert clone.state_dict()["statistics.seen"] == 0, "the copy has a window of its own"
+    assert clone(*random_logps(4))[0].isfinite()
+    with pytest.raises(TypeError, match="AMaPOLoss with a process_group cannot be pickled"):
+        torch.save(loss_fn, io.BytesIO())
+    torch.save(AMaPOLoss(statistics=ScoreWindow(8)), io.BytesIO())
+
+
+def test_a_loss_with_a_group_can_be_copied() -> None:
+    on_ranks(1, copy_a_loss)

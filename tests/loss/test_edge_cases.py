@@ -14,6 +14,7 @@ from amapo_loss import (
     AdaptiveMargin,
     AMaPOOutput,
     ScoreStatistics,
+    ScoreWindow,
     _reference,
     amapo_loss,
     dpo_loss,
@@ -26,6 +27,7 @@ from tests.support.generators import (
     NO_SPREAD,
     every_loss,
     every_margin,
+    gradients,
     random_logps,
     score_statistics,
 )
@@ -259,12 +261,70 @@ def test_the_second_derivative_treats_the_margin_as_a_constant(margin: AdaptiveM
 
 
 @every_backend
-def test_a_length_of_zero_counts_as_one(loss_fn: OnBackend) -> None:
-    chosen, rejected = random_logps(4)
-    lengths = torch.tensor([0, 1, 2, 3])
-    with_zero = loss_fn(chosen, rejected, chosen_lengths=lengths, rejected_lengths=lengths)
-    with_one = loss_fn(chosen, rejected, chosen_lengths=lengths.clamp(min=1), rejected_lengths=lengths.clamp(min=1))
-    assert torch.equal(with_zero.loss, with_one.loss)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_response_without_tokens_leaves_its_pair_out(loss_fn: OnBackend, reduction: Any) -> None:
+    """The other pairs get what they would get alone."""
+    inputs = random_logps(5)
+    chosen_lengths, rejected_lengths = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1, 2, 0, 3, 4])
+    counted = torch.tensor([False, True, False, True, True])
+    loss, diagnostics = loss_fn(
+        *inputs, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, reduction=reduction
+    )
+    expected = loss_fn(
+        *(x[counted] for x in inputs),
+        chosen_lengths=chosen_lengths[counted],
+        rejected_lengths=rejected_lengths[counted],
+        reduction=reduction,
+    )
+    torch.testing.assert_close(loss[counted] if reduction == "none" else loss, expected.loss)
+    torch.testing.assert_close(diagnostics.margins[counted], expected.diagnostics.margins)
+    assert not diagnostics.margins[~counted].any()
+    assert not diagnostics.gradient_weights[~counted].any()
+    assert diagnostics.statistics.count == 3
+    assert diagnostics.summary()["amapo/left_out"] == 2
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_batch_whose_pairs_are_all_left_out_backpropagates(loss_fn: Any, reduction: Any) -> None:
+    """The loss and the gradients are 0, whatever the log-probs are."""
+    inputs = [torch.full((3,), value, requires_grad=True) for value in (torch.nan, torch.inf)]
+    output = loss_fn(*inputs, weights=torch.zeros(3, dtype=torch.bool), reduction=reduction)
+    assert not output.loss.any()
+    for gradient in gradients(output, inputs):
+        assert not gradient.any()
+    summary = output.diagnostics.summary()
+    assert summary.pop("amapo/left_out") == 3
+    for value in ("amapo/score_mean", "amapo/score_std"):
+        summary.pop(value)
+    assert not any(summary.values())
+
+
+@every_backend
+def test_no_weight_of_false_changes_nothing(loss_fn: OnBackend) -> None:
+    inputs = random_logps(9)
+    loss, weighted = (loss_fn(*inputs, **options) for options in ({}, {"weights": torch.ones(9, dtype=torch.bool)}))
+    torch.testing.assert_close(weighted.loss, loss.loss)
+    torch.testing.assert_close(weighted.diagnostics.summary(), loss.diagnostics.summary())
+
+
+@every_backend
+def test_estimators_see_nan_for_pairs_that_are_left_out(loss_fn: OnBackend) -> None:
+    """A window ignores them, and the loss stays finite."""
+    inputs, weights, seen = random_logps(6), torch.tensor([True, False, True, True, False, True]), []
+
+    def estimator(scores: torch.Tensor, process_group: Any) -> ScoreStatistics:
+        seen.append(scores)
+        statistics: ScoreStatistics = window(scores, process_group)
+        return statistics
+
+    window = ScoreWindow(8).to(loss_fn.device)
+    loss, diagnostics = loss_fn(*inputs, weights=weights, statistics=estimator)
+    assert seen[0].isfinite().tolist() == weights.tolist()
+    assert window.seen == 4
+    expected = loss_fn(*(x[weights] for x in inputs))
+    torch.testing.assert_close(loss, expected.loss)
+    torch.testing.assert_close(diagnostics.statistics.mean.float(), expected.diagnostics.statistics.mean.float())
 
 
 def test_supplied_statistics_may_have_another_dtype() -> None:

@@ -47,6 +47,10 @@ PAIR_TENSORS: list[Case] = [
     ({"chosen_lengths": 3, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or floating"),
     ({"chosen_lengths": LOGPS > 0, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or"),
     ({"chosen_lengths": LOGPS, "rejected_lengths": LOGPS[None]}, ValueError, "rejected_lengths has shape (1, 4)"),
+    ({"weights": LOGPS}, TypeError, "weights must be a bool tensor, got a tensor of torch.float32"),
+    ({"weights": [True] * 4}, TypeError, "weights must be a bool tensor, got list"),
+    ({"weights": LOGPS[:3] > 0}, ValueError, "weights has shape (3,), expected that of chosen_logps, (4,)"),
+    ({"weights": (LOGPS > 0).to(META)}, ValueError, "weights is on meta, expected the device of chosen_logps"),
 ]
 PAIR_TENSORS_WITHOUT_REF = [case for case in PAIR_TENSORS if not any("ref" in name for name in case[0])]
 OPTIONS_OF_ALL_LOSSES: list[Case] = [
@@ -181,11 +185,6 @@ def test_score_statistics_reject_wrong_scores(scores: Any, error: type[Exception
 def test_a_score_window_rejects_a_wrong_size(size: Any, error: type[Exception], message: str) -> None:
     with raises(error, message):
         ScoreWindow(size)
-
-
-def test_a_score_window_rejects_the_state_of_another_size() -> None:
-    with raises(RuntimeError, "size mismatch for scores"):
-        ScoreWindow(4).load_state_dict(ScoreWindow(5).state_dict())
 
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)

@@ -236,6 +236,8 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
         PER_PAIR - {"rejected_rewards"} | {"loss"},
     ),
     ({"chosen_lengths": torch.full((17,), 2), "rejected_lengths": torch.full((17,), 3)}, PER_PAIR | {"loss"}),
+    # Leaving pairs out changes the statistics, and with them the margins of the others.
+    ({"weights": torch.arange(17) % 5 > 0}, PER_PAIR | {"loss"}),
     ({"reduction": "sum"}, {"loss"}),
 ]
 

@@ -46,6 +46,7 @@ def test_has_every_option_of_amapo_loss_with_the_same_default() -> None:
         "ref_rejected_logps",
         "chosen_lengths",
         "rejected_lengths",
+        "weights",
     ]
     function = inspect.signature(amapo_loss).parameters
     module = inspect.signature(AMaPOLoss).parameters

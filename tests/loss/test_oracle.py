@@ -36,6 +36,7 @@ from tests.support.oracle import assert_matches, oracle
     dtypes,
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from(["mean", "sum", "none"]),
     st.integers(0, 2**31),
 )
@@ -47,9 +48,11 @@ def test_amapo_loss_agrees_with_the_oracle(
     dtype: torch.dtype,
     with_ref: bool,
     with_lengths: bool,
+    with_weights: bool,
     reduction: Any,
     seed: int,
 ) -> None:
+    """Pairs with the weight False or a length of 0 are left out. Their log-probs are then replaced by NaN."""
     chosen, rejected = batch
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float32
@@ -72,19 +75,32 @@ def test_amapo_loss_agrees_with_the_oracle(
     )
     if not all(tensor.isfinite().all() for tensor in logps.values()):
         return  # float16 has overflowed; test_edge_cases.py covers log-probs that are not finite
+    counted = np.ones(n, bool)
+    for array in lengths.values():
+        counted &= array > 0
+    weights = rng.random(n) > 0.3 if with_weights else None
+    if weights is not None:
+        counted &= weights
+    if not counted.any():
+        return  # test_edge_cases.py covers batches without a pair
     unit = unit_of(dtype)
     expected = oracle(
-        **{name.removesuffix("_logps"): array for name, array in as_float64(logps).items()},
-        **{name: array.astype(float) for name, array in lengths.items()},
+        **{name.removesuffix("_logps"): array[counted] for name, array in as_float64(logps).items()},
+        **{name: array[counted].astype(float) for name, array in lengths.items()},
         **options,
         margin=margin,
         unit=unit,
     )
+    expected.summary["amapo/left_out"] = (float(n - counted.sum()), 0.0)
+    for tensor in logps.values():
+        tensor[torch.tensor(~counted)] = torch.nan
     for name in ("chosen_logps", "rejected_logps"):
         logps[name].requires_grad_()
-    length_tensors = {name: torch.tensor(array) for name, array in lengths.items()}
-    actual = loss_fn(**logps, **length_tensors, **options, margin=margin, reduction=reduction)
-    assert_matches(actual, logps, expected, reduction, unit)
+    others = {name: torch.tensor(array) for name, array in lengths.items()}
+    if weights is not None:
+        others["weights"] = torch.tensor(weights)
+    actual = loss_fn(**logps, **others, **options, margin=margin, reduction=reduction)
+    assert_matches(actual, logps, expected, reduction, unit, counted)
 
 
 @every_backend
@@ -107,8 +123,6 @@ def test_amapo_loss_with_supplied_statistics_agrees_with_the_oracle(
     for name in ("chosen_logps", "rejected_logps"):
         logps[name].requires_grad_()
     actual = loss_fn(**logps, **options, margin=margin, statistics=statistics)
-    expected.summary["amapo/score_mean"] = (mean, 0.0)
-    expected.summary["amapo/score_std"] = (std, 0.0)
     assert_matches(actual, logps, expected, "mean", 2.0**-23)
 
 

@@ -121,6 +121,7 @@ def operator_arguments(n: int = 9, **changed: Any) -> list[Any]:
         "ref_rejected_logps": None,
         "chosen_lengths": None,
         "rejected_lengths": None,
+        "weights": None,
         "mean": None,
         "std": None,
         "rank_moments": None,
@@ -145,6 +146,7 @@ def operator_arguments(n: int = 9, **changed: Any) -> list[Any]:
         {"with_gradient": False},
         {"ref_chosen_logps": torch.zeros(9), "ref_rejected_logps": torch.ones(9).bfloat16()},
         {"chosen_lengths": torch.arange(9), "rejected_lengths": torch.ones(9)},
+        {"weights": torch.arange(9) > 3},
         {"mean": torch.tensor(0.3), "std": torch.tensor(1.0, dtype=torch.float64)},
         {"rank_moments": torch.tensor([[3, 0.1, 2.0], [6, 0.2, 3.0]], dtype=torch.float64)},
         {"beta_tensor": torch.tensor(3.0)},
@@ -158,7 +160,7 @@ def test_opcheck_accepts_the_loss_operator(changed: dict[str, Any]) -> None:
 
 def test_opcheck_accepts_the_moments_operator() -> None:
     arguments = operator_arguments()
-    pairs, beta_arguments = arguments[:6], arguments[9:11]
+    pairs, beta_arguments = arguments[:7], arguments[10:12]
     torch.library.opcheck(torch.ops.amapo_loss.moments.default, [*pairs, *beta_arguments])
 
 
@@ -182,8 +184,8 @@ def test_a_second_derivative_raises() -> None:
 
 
 def test_auto_takes_torch_on_the_cpu() -> None:
-    """It does so even if Triton could interpret its kernels there. Only the kernel fills `summary_values`."""
-    assert amapo_loss(*random_logps(4)).diagnostics.summary_values is None
+    """It does so even if Triton could interpret its kernels there. Only the kernel fills `total_values`."""
+    assert amapo_loss(*random_logps(4)).diagnostics.total_values is None
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -269,16 +271,16 @@ class TestOnAGpu:
     pytestmark = needs_gpu
 
     def test_auto_takes_triton_except_for_float64(self) -> None:
-        assert amapo_loss(*gpu_logps(4)).diagnostics.summary_values is not None
-        assert amapo_loss(*(x.double() for x in gpu_logps(4))).diagnostics.summary_values is None
+        assert amapo_loss(*gpu_logps(4)).diagnostics.total_values is not None
+        assert amapo_loss(*(x.double() for x in gpu_logps(4))).diagnostics.total_values is None
 
     @pytest.mark.parametrize(("n", "launches"), [(2, 1), (8192, 1), (8193, 2), (100_000, 2)])
     def test_a_call_launches_only_the_kernels_of_the_loss(self, n: int, launches: int) -> None:
         inputs = gpu_logps(n)
-        amapo_loss(*inputs).diagnostics.summary()
+        amapo_loss(*inputs).diagnostics.totals()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            amapo_loss(*inputs).diagnostics.summary()
+            amapo_loss(*inputs).diagnostics.totals()
             torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
         assert len(kernels) == launches, kernels

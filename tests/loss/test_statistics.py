@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
-from amapo_loss._moments import merge_moments, moments
+from amapo_loss._moments import mean_std_count, merge_moments, moments
 from tests.support.backends import OnBackend, every_backend, triton_loss
 from tests.support.generators import random_logps
 
@@ -69,7 +69,7 @@ def test_merged_moments_are_those_of_all_scores(sizes: list[int], mean: float, s
     """The parts differ in size and may be empty. The mean is up to a million times the standard deviation."""
     parts = [torch.tensor(np.random.default_rng([seed, k]).normal(mean, std, n)) for k, n in enumerate(sizes)]
     whole = torch.cat(parts).numpy()
-    statistics = ScoreStatistics(*merge_moments(torch.stack([moments(x) for x in parts])))
+    statistics = ScoreStatistics(*mean_std_count(merge_moments(torch.stack([moments(x) for x in parts]))))
     assert statistics.count == len(whole)
     if len(whole):
         assert statistics.mean.item() == pytest.approx(math.fsum(whole) / len(whole), rel=1e-13, abs=1e-13)
@@ -87,7 +87,7 @@ def test_merged_moments_are_those_of_all_scores(sizes: list[int], mean: float, s
 def test_a_window_holds_the_latest_scores(size: int, batch_sizes: list[int], nan_rate: float, seed: int) -> None:
     """A plain array keeps all finite scores. The window must return the statistics of the batch and of earlier scores.
 
-    The batch counts in full. Earlier scores fill the rest of the window, the latest ones first.
+    The finite scores of the batch count in full. Earlier scores fill the rest of the window, the latest ones first.
     """
     rng = np.random.default_rng(seed)
     window, remembered = ScoreWindow(size), np.empty(0)
@@ -95,15 +95,14 @@ def test_a_window_holds_the_latest_scores(size: int, batch_sizes: list[int], nan
         scores = rng.normal(3, 2, n).astype(np.float32)
         if rng.random() < nan_rate and n:
             scores[rng.integers(n)] = rng.choice([np.nan, np.inf])
-        num_earlier = min(len(remembered), max(size - n, 0))
-        expected = np.concatenate([remembered[len(remembered) - num_earlier :], scores]).astype(np.float64)
-        mean, std, count = window(torch.tensor(scores))
+        finite = scores[np.isfinite(scores)]
+        num_earlier = min(len(remembered), max(size - len(finite), 0))
+        expected = np.concatenate([remembered[len(remembered) - num_earlier :], finite]).astype(np.float64)
+        mean, std, count = window(torch.tensor(scores, requires_grad=True))
         assert count == len(expected)
-        if np.isfinite(expected).all() and len(expected):
+        if len(expected):
             assert mean.item() == pytest.approx(expected.mean(), rel=1e-12, abs=1e-12)
             assert std.item() == pytest.approx(expected.std(ddof=1) if len(expected) > 1 else 0, rel=1e-9, abs=1e-12)
-        elif len(expected):
-            assert not mean.isfinite()
         latest = scores[-size:]
         remembered = np.concatenate([remembered, latest[np.isfinite(latest)]])
     state = window.scores[: int(window.seen.clamp(max=size))]
@@ -123,7 +122,8 @@ def test_the_last_micro_batch_gets_the_statistics_of_the_whole_batch_from_a_wind
     torch.testing.assert_close(diagnostics.margins, expected.margins[-8:])
 
 
-def test_a_window_remembers_scores_only_in_training_mode() -> None:
+def test_a_window_remembers_scores_only_in_training_mode_and_with_a_gradient() -> None:
+    """OpenRLHF evaluates with `model.eval()` and `no_grad`, and leaves the loss module in training mode."""
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
     loss_fn(*random_logps(5))
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
@@ -133,6 +133,10 @@ def test_a_window_remembers_scores_only_in_training_mode() -> None:
     evaluated = loss_fn(*random_logps(5, seed=1))[0]
     assert all(torch.equal(loss_fn.state_dict()[name], value) for name, value in state.items())
     loss_fn.train()
+    with torch.no_grad():
+        loss_fn(*random_logps(5, seed=2))
+    loss_fn(*(x.detach() for x in random_logps(5, seed=2)))
+    assert all(torch.equal(loss_fn.state_dict()[name], value) for name, value in state.items())
     assert torch.equal(loss_fn(*random_logps(5, seed=1))[0], evaluated)
     assert loss_fn.state_dict()["statistics.seen"] == 10
 
@@ -150,6 +154,41 @@ def test_a_resumed_window_gives_the_same_next_loss() -> None:
     for seed in range(5, 9):
         losses = [module(*random_logps(6, seed))[0] for module in (loss_fn, resumed)]
         assert torch.equal(*losses)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 9), max_size=5))
+def test_a_window_of_another_size_loads_the_newest_scores(size: int, other_size: int, batch_sizes: list[int]) -> None:
+    window, scores = ScoreWindow(size), torch.arange(float(sum(batch_sizes)), requires_grad=True)
+    for batch in scores.split(batch_sizes):
+        window(batch)
+    other = ScoreWindow(other_size)
+    other.load_state_dict(window.state_dict())
+    expected = scores[-min(size, other_size, len(scores)) :] if len(scores) else scores
+    stored = other.scores[: min(int(other.seen), other_size)]
+    assert stored.sort().values.tolist() == expected.tolist()
+    other(torch.tensor([100.0], requires_grad=True))  # the next score replaces the oldest one
+    stored = other.scores[: min(int(other.seen), other_size)]
+    assert stored.sort().values.tolist() == [*expected.tolist(), 100.0][-other_size:]
+
+
+def test_the_scores_of_a_window_are_no_buffers() -> None:
+    """`.to(torch.bfloat16)` would round buffers, and DDP would overwrite them with those of rank 0."""
+    loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
+    loss_fn(200 + random_logps(8)[0], torch.zeros(8))
+    expected = loss_fn.state_dict()["statistics.scores"].clone()
+    assert not list(loss_fn.buffers())
+    loss_fn.to(torch.bfloat16)
+    assert torch.equal(loss_fn.state_dict()["statistics.scores"], expected)
+
+
+def test_a_state_without_a_window_is_reported() -> None:
+    loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
+    with pytest.raises(RuntimeError, match=r'Missing key.*"statistics.scores", "statistics.seen"'):
+        loss_fn.load_state_dict({})
+    state = loss_fn.state_dict() | {"statistics.other": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"statistics.other"'):
+        loss_fn.load_state_dict(state)
 
 
 def test_a_window_does_not_synchronize_with_the_device() -> None:
@@ -175,7 +214,6 @@ def test_the_estimator_may_be_a_function_of_the_caller(loss_fn: OnBackend) -> No
     """The example estimates with the median and the median absolute deviation, which one outlier hardly changes."""
 
     def robust_estimator(scores: torch.Tensor, _: object) -> ScoreStatistics:
-        assert not scores.requires_grad
         median = scores.median()
         std = 1.4826 * (scores - median).abs().median()  # consistent with the standard deviation of normal scores
         return ScoreStatistics(median, std, torch.tensor(len(scores)))

@@ -153,6 +153,7 @@ def test_the_public_names_are_these_and_have_docstrings() -> None:
         "Estimator",
         "ScoreStatistics",
         "ScoreWindow",
+        "Totals",
         "amapo_loss",
         "dpo_loss",
         "linear_sequence_logps",
@@ -173,6 +174,7 @@ def test_the_public_modules_are_these() -> None:
         "amapo_loss.margin",
         "amapo_loss.module",
         "amapo_loss.statistics",
+        "amapo_loss.totals",
         "amapo_loss.trl",
     }
 

@@ -82,13 +82,14 @@ def compile_pair_loss() -> None:
         for with_optional in (False, True):
             dtype = torch.bfloat16 if with_optional else torch.float32
             chosen_logps, rejected_logps = empty(n, dtype=dtype), empty(n, dtype=dtype)
-            optional: list[Tensor | None] = [None] * 8
+            optional: list[Tensor | None] = [None] * 9
             if with_optional:
                 optional = [
                     chosen_logps,  # as ref_chosen_logps
                     rejected_logps,  # as ref_rejected_logps
                     empty(n, dtype=torch.int64),  # chosen_lengths
                     empty(n, dtype=torch.int64),  # rejected_lengths
+                    empty(n, dtype=torch.bool),  # weights
                     empty(),  # mean
                     empty(),  # std
                     empty(3, 3),  # rank_moments, of three ranks

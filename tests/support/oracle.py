@@ -185,7 +185,7 @@ def oracle(
     statistics: tuple[float, float] | None = None,
     unit: float,
 ) -> Oracle:
-    """Return what the loss of a batch of at least one pair must return.
+    """Return what the loss of a batch of at least one pair must return. No pair is left out.
 
     Args:
         chosen: log-probs of the chosen responses, exactly as the library gets them.
@@ -203,8 +203,7 @@ def oracle(
     """
     n, eps = len(chosen), label_smoothing
     chosen_length, rejected_length = (
-        np.ones(n) if length is None else np.where(length == 0, 1, length)
-        for length in (chosen_lengths, rejected_lengths)
+        np.ones(n) if length is None else length for length in (chosen_lengths, rejected_lengths)
     )
     ref_chosen_logps, ref_rejected_logps = (np.zeros(n) if ref is None else ref for ref in (ref_chosen, ref_rejected))
     chosen_ratio = (chosen - ref_chosen_logps) / chosen_length
@@ -225,6 +224,7 @@ def oracle(
     else:
         d_statistics = score_statistics(d, d_error, beta, None, unit)
         h, at_gate = Interval(np.full(n, margin), np.full(n, margin)), np.zeros(n, bool)
+    own_statistics = score_statistics(d, d_error, beta, None, unit)  # differ from d_statistics if these are supplied
     # The loss of a pair at the gate may be that of its margin or that of the margin 0.
     h_or_zero = Interval(
         np.where(at_gate, np.minimum(h.low, 0.0), h.low), np.where(at_gate, np.maximum(h.high, 0.0), h.high)
@@ -262,9 +262,9 @@ def oracle(
     # The library accumulates float32 scores in float64, but it has no wider dtype for float64 scores. If these differ
     # only by rounding, the rounding of the mean that they are compared with adds to their standard deviation.
     std_from_mean = math.sqrt(n) * unit * float(np.abs(d).max()) if unit < 1e-10 else 0.0
-    std_error = 2 * math.sqrt(2) * float(d_error.max()) + std_from_mean + sum_rounding * d_statistics.std
+    std_error = 2 * math.sqrt(2) * float(d_error.max()) + std_from_mean + sum_rounding * own_statistics.std
     rewards_error = beta * unit * 4 * (np.abs(chosen_ratio) + np.abs(rejected_ratio))
-    score_mean = beta * d_statistics.mean
+    score_mean = beta * own_statistics.mean
     margin_max = float(h_or_zero.high.max())
     summary = {
         "rewards/chosen": mean_of(beta * chosen_ratio, rewards_error),
@@ -275,9 +275,9 @@ def oracle(
         "logps/rejected": mean_of(rejected),
         "amapo/score_mean": (
             score_mean,
-            beta * d_statistics.mean_error + sum_rounding * abs(score_mean) + SMALLEST_FLOAT32,
+            beta * own_statistics.mean_error + sum_rounding * abs(score_mean) + SMALLEST_FLOAT32,
         ),
-        "amapo/score_std": (beta * d_statistics.std, beta * std_error + SMALLEST_FLOAT32),
+        "amapo/score_std": (beta * own_statistics.std, beta * std_error + SMALLEST_FLOAT32),
         "amapo/margin_mean": mean_of(h_center, h_error),
         "amapo/margin_max": (margin_max, float(h_error.max() + sum_rounding * np.abs(h_or_zero.high).max())),
         "amapo/margin_active": share_of(h.low > 0, at_gate | ((h.low <= 0) & (h.high > 0))),
@@ -285,6 +285,7 @@ def oracle(
         "amapo/gradient_weight_correct": mean_weight_of(correct),
         "amapo/gradient_weight_misranked": mean_weight_of(misranked),
         "amapo/nonfinite": (0.0, 0.0),
+        "amapo/left_out": (0.0, 0.0),
     }
     return Oracle(losses, weights, h, at_gate, gradients, summary)
 
@@ -322,13 +323,22 @@ def assert_matches(
     expected: Oracle,
     reduction: str,
     unit: float,
+    counted: Mask | slice = slice(None),  # [n] the pairs that are not left out, which the oracle was given
 ) -> None:
-    """Compare the loss, the gradients, the margins, the gradient weights and every entry of the summary."""
+    """Compare the loss, the gradients, the margins, the gradient weights and every entry of the summary.
+
+    For the pairs that are left out, all of them must be 0.
+    """
     loss, diagnostics = actual
-    margins = diagnostics.margins.double().numpy()
+    margins, weights = (x.double().numpy() for x in (diagnostics.margins, diagnostics.gradient_weights))
+    left_out = np.ones(len(margins), bool)
+    left_out[counted] = False
+    assert not margins[left_out].any()
+    assert not weights[left_out].any()
+    margins, weights = margins[counted], weights[counted]
     inside = (expected.margins.low <= margins) & (margins <= expected.margins.high)
     assert np.all(inside | (expected.at_gate & (margins == 0))), "margins"
-    assert expected.weights.contains(diagnostics.gradient_weights.double().numpy()), "weights"
+    assert expected.weights.contains(weights), "weights"
 
     n = len(margins)
     divisor = n if reduction == "mean" else 1
@@ -338,11 +348,14 @@ def assert_matches(
         sum_rounding = 64 * unit * max(abs(low), abs(high))
         low, high = (low - sum_rounding) / divisor, (high + sum_rounding) / divisor
     value = loss.detach().double().numpy()
+    if reduction == "none":
+        value = value[counted]
     assert np.all((low <= value) & (value <= high)), f"loss {value} outside [{low}, {high}]"
 
     logps = [inputs["chosen_logps"], inputs["rejected_logps"]]
     for x, gradient, interval in zip(logps, torch.autograd.grad(loss.sum(), logps), expected.gradients):
         assert gradient.dtype == x.dtype
+        assert not gradient.double().numpy()[left_out].any()
         # The gradient has the dtype of the log-probs, which may be a half precision. There, rounding is coarser, and
         # gradients near 0 are rounded to multiples of the smallest positive number. The comparison multiplies the
         # gradient by `divisor`, and with it this absolute rounding.
@@ -351,7 +364,7 @@ def assert_matches(
         absolute_rounding = smallest_positive * divisor + SMALLEST_FLOAT32
         size = np.maximum(np.abs(interval.low), np.abs(interval.high))
         slack = relative_rounding * size + absolute_rounding
-        assert interval.contains(gradient.double().numpy() * divisor, slack), "gradient"
+        assert interval.contains(gradient.double().numpy()[counted] * divisor, slack), "gradient"
 
     summary = diagnostics.summary()
     assert summary.keys() == expected.summary.keys()
