@@ -4,6 +4,7 @@ The data sets, the collator, the fused head, the metrics and the checkpoints are
 public names of this package, and on its argument checks.
 """
 
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, ScoreWindow, _checks, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, Totals, _checks, amapo_loss
 from amapo_loss._checks import Formula, Scaling
 
 try:
@@ -70,7 +71,7 @@ class AMaPOConfig(DPOConfig):
         sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
         statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
             those of the micro-batch on all processes and the latest before them. Choose it near the number of pairs per
-            optimizer step on all processes. None takes the statistics of each micro-batch, and so does evaluation.
+            optimizer step on all processes. None takes the statistics of each micro-batch on all processes.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -122,9 +123,13 @@ _NO_REFERENCE: Any = object()  # stands for the reference model, so that DPOTrai
 class AMaPOTrainer(DPOTrainer):
     """`DPOTrainer` with the AMaPO loss. It takes the arguments of `DPOTrainer`, with an `AMaPOConfig` as `args`.
 
-    The statistics are taken over the pairs of all processes. The trainer logs what `DPOTrainer` logs, with the rewards
-    of this loss, and in addition the values of `Diagnostics.summary` that start with `amapo/`. Checkpoints contain the
-    state of the `ScoreWindow`, so that a resumed run gives bitwise the same results.
+    In training, the statistics are taken over the pairs of all processes. In evaluation, they are those of the whole
+    evaluation set, so that `eval_loss` depends neither on the batch size nor on the number of processes.
+
+    The trainer logs what `DPOTrainer` logs, with the rewards of this loss, and in addition the values of
+    `Diagnostics.summary` that start with `amapo/`. They are those of all pairs since the last log, or of the whole
+    evaluation set, on all processes. Checkpoints contain the state of the `ScoreWindow`, so that a resumed run gives
+    bitwise the same results.
 
     Example:
         >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7)  # doctest: +SKIP
@@ -151,12 +156,45 @@ class AMaPOTrainer(DPOTrainer):
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, but reference_free is True: pass AMaPOConfig(reference_free=False)")
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
+        self._refuse_tensor_parallelism()
+        self._warn()
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
         # TRL's own loss still runs, because it computes the metrics: as SFT loss if sft_weight is above 0, else as DPO
         # loss with weight 0.
         self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]
         self.loss_weights = [args.sft_weight]
+        self._totals = Totals.none()  # of the pairs of this process since the last log
+        self._evaluated: list[Tensor] | None = None  # the log-probs of an evaluation so far, [B, 6] per batch
+
+    def _refuse_tensor_parallelism(self) -> None:
+        """Raise if several processes have the same pairs, which the statistics would count more than once."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("tp_size", "cp_size", "sp_size"):
+            if (getattr(parallelism, name, 1) or 1) > 1:
+                raise ValueError(
+                    f"AMaPOTrainer takes its statistics over all processes, got {name}={getattr(parallelism, name)}: "
+                    "use data parallelism only"
+                )
+
+    def _warn(self) -> None:
+        """Warn of settings with which training runs, but not as intended."""
+        args = self.args
+        if not args.length_average and args.beta >= 1:
+            warnings.warn(
+                f"beta={args.beta:g} is meant for averaged log-probs, and length_average is False: with sums, margins "
+                "grow beyond all bounds. Start with beta=0.1.",
+                stacklevel=3,
+            )
+        if args.per_device_train_batch_size * self.accelerator.num_processes == 1 and args.statistics_window is None:
+            warnings.warn(
+                "every micro-batch has a single pair, so all margins are 0: set statistics_window to the number of "
+                "pairs per optimizer step",
+                stacklevel=3,
+            )
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        for name in {"weight", "weights"} & set(columns):
+            warnings.warn(f"AMaPOTrainer ignores the column {name!r} of the training data", stacklevel=3)
 
     @property
     def ref_model(self) -> Any:
@@ -210,29 +248,74 @@ class AMaPOTrainer(DPOTrainer):
         ref_logps = [None, None]
         if not self.args.reference_free:
             ref_logps = [inputs[name].to(token_logps.device) for name in ("ref_chosen_logps", "ref_rejected_logps")]
-        chosen_lengths, rejected_lengths = counted.sum(1).chunk(2) if self.args.length_average else (None, None)
+        pairs = [chosen_logps, rejected_logps, *ref_logps, *counted.sum(1).chunk(2)]
+        if self._evaluated is not None:
+            columns = [torch.zeros_like(chosen_logps) if x is None else x.to(chosen_logps.dtype) for x in pairs]
+            self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack(columns, dim=1)))
+            return chosen_logps.new_zeros(())  # `evaluation_loop` adds the loss of the whole evaluation set
         training = self.model.training
-        loss, diagnostics = amapo_loss(
-            chosen_logps,
-            rejected_logps,
-            *ref_logps,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
-            margin=self.args.margin,
+        loss, diagnostics = self._loss_of(
+            *pairs,
             statistics=self.window if training else None,
             process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
         )
-        summary = diagnostics.summary()
-        averages = self.accelerator.gather(torch.stack(list(summary.values()))).view(-1, len(summary)).mean(0)
-        metrics = self._metrics["train" if training else "eval"]
-        # DPOTrainer has just appended its own value of some of these metrics, at this index. The slice assignment
-        # overwrites such a value, and appends where a metric has none yet.
-        index = len(metrics["rewards/margins"]) - 1
-        for key, value in zip(summary, averages.tolist()):
-            metrics[key][index:] = [value]
+        if training:
+            self._totals += diagnostics.totals()
         return loss
+
+    def _loss_of(
+        self,
+        chosen_logps: Tensor,  # [B] sums, as the three that follow
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+        chosen_lengths: Tensor,  # [B]
+        rejected_lengths: Tensor,  # [B]
+        **options: Any,
+    ) -> AMaPOOutput:
+        """Return the loss of some pairs with the options of the configuration. Empty responses leave a pair out."""
+        if self.args.length_average:
+            options |= {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+        else:
+            options["weights"] = (chosen_lengths > 0) & (rejected_lengths > 0)
+        return amapo_loss(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            beta=self.args.beta,
+            label_smoothing=self.args.label_smoothing,
+            margin=self.args.margin,
+            **options,
+        )
+
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Evaluate as `DPOTrainer` does, with the loss and the summary of the whole evaluation set."""
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **options)
+            chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(self._evaluated).unbind(1)
+        finally:
+            self._evaluated = None
+        ref_chosen, ref_rejected = (None, None) if self.args.reference_free else references
+        loss, diagnostics = self._loss_of(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
+        self._replace_metrics("eval", diagnostics.totals())
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
+        if self.model.training and self._totals.values.numel():
+            group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+            self._replace_metrics("train", self._totals.reduced(group))
+            self._totals = Totals.none()
+        super().log(logs, start_time)
+
+    def _replace_metrics(self, mode: str, totals: Totals) -> None:
+        """Put the summary in place of the metrics that `DPOTrainer` has collected, batch by batch, for its next log."""
+        summary = totals.summary()
+        for key, value in zip(summary, torch.stack(list(summary.values())).tolist()):
+            self._metrics[mode][key] = [value]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -242,4 +325,5 @@ class AMaPOTrainer(DPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.window is not None and checkpoint is not None and (Path(checkpoint) / _WINDOW_FILE).exists():
-            self.window.load_state_dict(torch.load(Path(checkpoint) / _WINDOW_FILE, weights_only=True))
+            state = torch.load(Path(checkpoint) / _WINDOW_FILE, map_location="cpu", weights_only=True)
+            self.window.load_state_dict(state)

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, ScoreWindow, Totals, amapo_loss
 
 pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
@@ -44,6 +45,7 @@ def expected_output(
 ) -> AMaPOOutput:
     """Return what `amapo_loss` gives for a collated batch, with log-probs from the logits of the model."""
     sums, lengths = summed_logps(model, batch)
+    sums.requires_grad_()  # a window remembers only scores that a gradient is wanted for
     ref_sums = () if ref_model is None else summed_logps(ref_model, batch)[0].chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2) if length_average else (None, None)
     return amapo_loss(
@@ -151,17 +153,116 @@ def test_lora_trains_only_the_adapter(tmp_path: Path, reference_free: bool) -> N
         assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_evaluation_takes_the_statistics_of_its_own_batch(tmp_path: Path) -> None:
-    """Evaluation neither uses nor changes the window of the training scores."""
-    trainer = make_trainer(tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=8, statistics_window=16)
-    loss, diagnostics = expected_output(trainer.model, first_batch(trainer.get_eval_dataloader()))
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("options", [{}, {"sft_weight": 0.3}, {"length_average": False, "beta": 0.1}])
+def test_evaluation_gives_the_loss_and_the_summary_of_the_whole_set(
+    tmp_path: Path, batch_size: int, options: dict[str, Any]
+) -> None:
+    """They do not depend on the batch size. Evaluation neither uses nor changes the window of the training scores."""
+    whole = make_trainer(tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=8)
+    batch = first_batch(whole.get_eval_dataloader())
+    trainer = make_trainer(
+        tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=batch_size, statistics_window=16, **options
+    )
+    loss, diagnostics = expected_output(
+        trainer.model,
+        batch,
+        length_average=options.get("length_average", True),
+        beta=options.get("beta", 2.0),
+    )
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    reward_margin = diagnostics.summary()["rewards/margins"].item()
-    assert trainer.state.log_history[-1]["eval_rewards/margins"] == pytest.approx(reward_margin, rel=1e-3)
+    if "sft_weight" not in options:  # TRL averages its SFT loss over the batches
+        assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    log = trainer.state.log_history[-1]
+    for name, value in diagnostics.summary().items():
+        assert log[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
     assert trainer.window.seen == 0
     trainer.train()
     assert trainer.window.seen == 8
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_the_log_has_the_summary_of_all_pairs_since_the_last_log(
+    tmp_path: Path, batch_size: int, accumulation_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics are fixed, so that the margins do not depend on how the pairs are split."""
+    fixed = ScoreStatistics(torch.tensor(0.5), torch.tensor(1.0), torch.tensor(8))
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        statistics_window=8,
+    )
+    batches = [dict(batch) for batch, _ in zip(trainer.get_train_dataloader(), range(accumulation_steps))]
+    parts = [expected_output(trainer.model, batch, statistics=fixed).diagnostics.totals() for batch in batches]
+    monkeypatch.setattr(trainer.window, "forward", lambda *_: fixed)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for name, value in sum(parts, start=Totals.none()).summary().items():
+        assert log[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+
+
+def test_a_nan_loss_that_the_filter_hides_shows_in_the_log(tmp_path: Path) -> None:
+    """Hugging Face replaces a NaN loss in its log (`logging_nan_inf_filter`). The number of such pairs is logged."""
+    trainer = make_trainer(tmp_path, max_steps=1, logging_nan_inf_filter=True)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[65] = torch.nan  # every log-prob is NaN
+    trainer.train()
+    assert trainer.state.log_history[0]["amapo/nonfinite"] == 4
+
+
+@pytest.mark.parametrize("length_average", [True, False])
+def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_average: bool) -> None:
+    """Truncation makes such pairs. The logged figures are those of the other pairs."""
+    trainer = make_trainer(tmp_path, max_steps=1, length_average=length_average, beta=0.1)
+    batch = first_batch(trainer.get_train_dataloader())
+    batch["completion_mask"][1] = 0  # the chosen response of the second of four pairs
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    summary = trainer._totals.summary()
+    assert summary["amapo/left_out"] == 1
+    sums, lengths = summed_logps(trainer.model, batch)
+    (chosen, rejected), (chosen_lengths, rejected_lengths) = sums.chunk(2), lengths.chunk(2)
+    others = torch.tensor([0, 2, 3])
+    given = {"chosen_lengths": chosen_lengths[others], "rejected_lengths": rejected_lengths[others]}
+    expected = amapo_loss(chosen[others], rejected[others], beta=0.1, **given if length_average else {})
+    for name, value in expected.diagnostics.summary().items():
+        if name != "amapo/left_out":
+            assert summary[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length_average": False}, "beta=2 is meant for averaged log-probs, and length_average is False"),
+        ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
+    ],
+)
+def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_the_trainer_refuses_tensor_parallelism(tmp_path: Path) -> None:
+    """Its processes have the same pairs, so that the statistics over all processes would count them twice."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    trainer = make_trainer(tmp_path)
+    assert hasattr(trainer.accelerator, "parallelism_config")
+    trainer.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
+    with pytest.raises(ValueError, match="got tp_size=2: use data parallelism only"):
+        trainer._refuse_tensor_parallelism()
+
+
+def test_a_window_of_another_size_resumes(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, statistics_window=16, **options).train()
+    resumed = make_trainer(tmp_path, tiny_llama(seed=9), statistics_window=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.window.seen == 6 + 2 * 4, "the newest 6 of 8 scores, and two steps of 4 pairs"
 
 
 @pytest.mark.parametrize("window", [None, 16])
