@@ -96,6 +96,23 @@ def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.Capt
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_the_trainer_recipe_logs_evaluation_under_names_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    code = example_containing("class PreferenceTrainer", "recipes.md")
+    for original, replacement in REPLACEMENTS.items():
+        code = code.replace(original, replacement)
+    names = names_of_the_reader(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)
+        trainer = names["trainer"]
+        trainer.evaluate(list(range(3)))
+    trained, evaluated = trainer.state.log_history[0], trainer.state.log_history[-1]
+    assert "rewards/accuracies" in trained
+    assert "rewards/accuracies" not in evaluated
+    assert 0 <= evaluated["eval_rewards/accuracies"] <= 1
+
+
 def test_the_subclass_for_torchtune_gives_the_loss_of_its_four_tensors() -> None:
     names: dict[str, Any] = {}
     exec(example_containing("reference.chosen_logps", "recipes.md"), names)
