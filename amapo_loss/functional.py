@@ -103,7 +103,8 @@ def amapo_loss(
 
     Raises:
         TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if
-            `weights` is not a bool tensor; if `beta` or `label_smoothing` is not a number; if `margin`, `statistics` or `process_group` has a wrong type.
+            `weights` is not a bool tensor; if `beta` or `label_smoothing` is not a number; if `margin`, `statistics` or
+            `process_group` has a wrong type.
         ValueError: if tensors are not 1-D or differ in shape or device; if only one of the two references or lengths is
             given; if `beta` or `label_smoothing` is out of range; if `reduction` or `backend` is unknown; if
             `backend="triton"` gets float64 log-probs or log-probs that are not on a GPU.
