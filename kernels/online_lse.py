@@ -18,6 +18,17 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def _tanh(x):
+    """Return tanh(x), which Triton has only in libdevice. Its interpreter does not run that."""
+    exp = tl.exp(-2 * tl.abs(x))
+    far = (1 - exp) / (1 + exp)
+    # Near 0, the difference 1 - exp has few digits. The next term of the series is below 1e-8 times x there.
+    x2 = x * x
+    near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    return tl.where(x2 < 0.0625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
     """Return the logits of the columns j, with the transform applied, and -inf where the mask is false."""
     z = tl.load(z_ptr + j * z_column_stride, mask=mask, other=0.0).to(tl.float32)
@@ -25,8 +36,7 @@ def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
         z += tl.load(bias_ptr + j, mask=mask, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        # This is softcap * tanh(z / softcap). Triton has tanh only in libdevice, which its interpreter does not run.
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+        z = softcap * _tanh(z / softcap)
     return tl.where(mask, z, -INF)
 
 

@@ -571,6 +571,20 @@ def test_an_offset_of_the_logits_costs_no_more_digits_than_in_log_softmax(
 
 
 @every_tiling
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_a_softcap_costs_no_more_digits_than_with_autograd(
+    backend: str,
+    requires_grad: str,
+    softcap: float,
+    scale: float,
+) -> None:
+    head, target_ids = head_with_exact_products(50, requires_grad, 0.0, seed=0)
+    assert_as_exact_as_autograd(backend, head._replace(scale=scale, softcap=softcap), target_ids)
+
+
+@every_tiling
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
 @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
 def test_the_number_of_tiles_hardly_changes_the_gradient(backend: str, requires_grad: str, keep_bytes: int) -> None:
