@@ -18,6 +18,17 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def _tanh(x):
+    """Return tanh(x), which Triton has only in libdevice. Its interpreter does not run that."""
+    exp = tl.exp(-2 * tl.abs(x))
+    far = (1 - exp) / (1 + exp)
+    # Near 0, the difference 1 - exp has few digits. The next term of the series is below 1e-8 times x there.
+    x2 = x * x
+    near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    return tl.where(x2 < 0.0625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
     """Return the logits of the columns j, with the transform applied, and -inf where the mask is false."""
     z = tl.load(z_ptr + j * z_column_stride, mask=mask, other=0.0).to(tl.float32)
@@ -25,8 +36,7 @@ def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
         z += tl.load(bias_ptr + j, mask=mask, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
-        # This is softcap * tanh(z / softcap). Triton has tanh only in libdevice, which its interpreter does not run.
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+        z = softcap * _tanh(z / softcap)
     return tl.where(mask, z, -INF)
 
 
@@ -38,7 +48,8 @@ def _update_kernel(
     z_column_stride,
     target_ids_ptr,  # [n]
     target_logit_ptr,  # [n], updated
-    lse_rest_ptr,  # [n], updated
+    max_rest_ptr,  # [n], updated
+    sum_rest_ptr,  # [n], updated
     bias_ptr,  # [v], or None
     first_column,
     num_columns,
@@ -54,22 +65,18 @@ def _update_kernel(
         z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
         target_column = y - first_column
         target_logit = tl.zeros((), tl.float32)
-        running_max = tl.full((), -INF, tl.float32)
-        total = tl.zeros((), tl.float32)  # sum of exp(z_j - running_max) over the columns seen, without the target
+        max_rest = tl.load(max_rest_ptr + row)  # finite from the start, because -inf - -inf would be NaN below
+        sum_rest = tl.load(sum_rest_ptr + row)
         for start in range(0, num_columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
             z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_columns, scale, softcap)
             target_logit += tl.sum(tl.where(j == target_column, z, 0.0))
             z = tl.where(j == target_column, -INF, z)
-            new_max = tl.maximum(running_max, tl.max(z))
-            # As long as all logits are -inf, subtract 0: -inf - -inf would be NaN.
-            shift = tl.where(new_max == -INF, 0.0, new_max)
-            total = total * tl.exp(running_max - shift) + tl.sum(tl.exp(z - shift))
-            running_max = new_max
-        lse_rest = tl.load(lse_rest_ptr + row)
-        new_max = tl.maximum(lse_rest, running_max)
-        new_lse = new_max + tl.log(tl.exp(lse_rest - new_max) + total * tl.exp(running_max - new_max))
-        tl.store(lse_rest_ptr + row, new_lse)
+            new_max = tl.maximum(max_rest, tl.max(z))
+            sum_rest = sum_rest * tl.exp(max_rest - new_max) + tl.sum(tl.exp(z - new_max))
+            max_rest = new_max
+        tl.store(max_rest_ptr + row, max_rest)
+        tl.store(sum_rest_ptr + row, sum_rest)
         if (target_column >= 0) & (target_column < num_columns):
             tl.store(target_logit_ptr + row, target_logit)
 
@@ -84,7 +91,7 @@ def _gradient_kernel(
     z_inner_stride,
     z_column_stride,
     target_ids_ptr,  # [n]
-    lse_rest_ptr,  # [n]
+    max_rest_ptr,  # [n]
     bias_ptr,  # [v], or None
     first_column,
     num_columns,
@@ -96,12 +103,12 @@ def _gradient_kernel(
     Z_IS_EXP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the gradient of a tile: -a exp(z_j - L) times the slope of the softcap for j != y, and b for j = y."""
+    """Write the gradient of a tile: -a exp(z_j - m) times the slope of the softcap for j != y, and b for j = y."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
     out_ptr += row // m * out_outer_stride + row % m * out_inner_stride
     y = tl.load(target_ids_ptr + row)
-    lse_rest = tl.load(lse_rest_ptr + row)
+    max_rest = tl.load(max_rest_ptr + row)
     a = tl.load(a_ptr + row)
     b = tl.load(b_ptr + row)
     is_counted = y >= 0
@@ -114,7 +121,7 @@ def _gradient_kernel(
             exp_logits = tl.load(z_ptr + j * z_column_stride, mask=j < num_read, other=0.0).to(tl.float32)
         else:
             z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_read, scale, softcap)
-            exp_logits = tl.exp(z - lse_rest)
+            exp_logits = tl.exp(z - max_rest)
             if softcap is not None:
                 exp_logits *= 1 - (z / softcap) * (z / softcap)
         out = tl.where(is_counted, tl.where(j == target_column, b, -a * exp_logits), 0.0)
@@ -126,7 +133,8 @@ def _gradient_kernel(
 def update(
     target_ids: Tensor,  # [n]
     target_logit: Tensor,  # [n]
-    lse_rest: Tensor,  # [n]
+    max_rest: Tensor,  # [n]
+    sum_rest: Tensor,  # [n]
     z: Tensor,  # [n, v] or [n / m, m, v], any strides
     first_column: int,
     bias: Tensor | None,  # [v]
@@ -142,7 +150,8 @@ def update(
                 *z_strides,
                 target_ids,
                 target_logit,
-                lse_rest,
+                max_rest,
+                sum_rest,
                 bias,
                 first_column,
                 num_columns,
@@ -160,7 +169,8 @@ def write_gradient(
     z: Tensor,  # [n, v] or [n / m, m, v], any strides
     target_ids: Tensor,  # [n]
     target_logit: Tensor,  # [n], unused, so that callers can pass their whole state
-    lse_rest: Tensor,  # [n]
+    max_rest: Tensor,  # [n]
+    sum_rest: Tensor,  # [n], unused as well
     first_column: int,
     bias: Tensor | None,  # [v]
     scale: float,
@@ -181,7 +191,7 @@ def write_gradient(
                 z,
                 *z_strides,
                 target_ids,
-                lse_rest,
+                max_rest,
                 bias,
                 first_column,
                 num_columns,

@@ -150,9 +150,9 @@ def linear_token_logps(
 
     The cost is counted in matrix products of size n x V x H:
 
-    - 2 if `weight` and `bias` need no gradient. Forward then computes the gradient of `hidden` as well, and holds it
-      in place of `hidden`. It is 3 if the weight has to be converted: from float32 under autocast, or to float32 on a
-      CPU.
+    - 2 if `weight` and `bias` need no gradient. Forward then computes the direction of the gradient of `hidden` as
+      well, and holds it in place of `hidden`. It is 3 if the weight has to be converted: from float32 under autocast,
+      or to float32 on a CPU.
     - 4 otherwise, since backward computes the tiles again. Nothing of size V x H is held but the weight's gradient.
     - 1 if no gradient is needed.
 

@@ -4,7 +4,8 @@ There are two algorithms, depending on which gradients are wanted. Their cost is
 n x V x H, which are all tiles together.
 
 - A *frozen* head (LoRA on the body, for example) processes tiles of some tokens and the whole vocabulary. Forward
-  computes the gradient of the tile's hidden states as well, and backward only scales it. This costs 2 products.
+  computes the direction of the gradient of the tile's hidden states as well, and backward only scales it. This costs 2
+  products.
 - A *trainable* head processes tiles of all tokens and a block of the vocabulary, in forward and again in backward. Each
   block of the weight's gradient is then the product of a single tile, and is rounded once. This costs 4 products, or 3
   for the tiles that forward may cache. A frozen head whose weight has to be converted also takes this algorithm,
@@ -18,6 +19,7 @@ a PyTorch operator, which torch.compile does not look into, with an autograd fun
 argument checks and `amapo_loss.logps._online_lse`.
 """
 
+from functools import partial
 from math import log
 from typing import Any
 
@@ -28,6 +30,11 @@ from torch.autograd.function import once_differentiable
 from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
+
+# Forward multiplies tiles by this number before it rounds them to float16. Entries below 3e-8 would become 0 otherwise,
+# and a large vocabulary has many of them. A loss scale cannot prevent that, because it comes with backward. The entries
+# are below 3, and stay below the largest float16 number, 65504.
+FLOAT16_SCALE = 2.0**14
 
 
 def linear_logps(
@@ -47,8 +54,8 @@ def linear_logps(
     # ctx.needs_input_grad ignores no_grad.
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
-        target_logit, lse_rest, *_ = _head_statistics(*arguments, 0)
-        return _online_lse.token_logps(target_logit, lse_rest)
+        target_logit, max_rest, sum_rest, *_ = _head_statistics(*arguments, 0)
+        return _online_lse.token_logps(target_logit, max_rest, sum_rest)
     needs_conversion = weight.dtype != gemm_dtype or _to_gemm_dtype(hidden[:0], gemm_dtype).dtype != gemm_dtype
     if trainable or needs_conversion:
         outputs = _TrainableHead.apply(*arguments, keep_bytes)
@@ -79,34 +86,43 @@ def _frozen_head(
     gemm_dtype: torch.dtype,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probs [n], and the gradient of each with respect to its hidden state [n, H]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probs [n], and factors [n] and directions [n, H], whose products are their gradients.
+
+    They are the gradients with respect to the hidden states. The factor is proportional to 1 - p_y. If it were
+    multiplied into the direction here, confident tokens would underflow in float16, before backward gets the loss
+    scale. The direction itself is a difference of rows of the weight and about as large as they are.
+    """
     _online_lse.check_target_ids(target_ids, len(weight))
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
     block_n = _online_lse.block_length(len(hidden), len(weight), hidden.device)
     state = OnlineLSE.start(target_ids, acc_dtype)
-    grad_hidden = torch.empty_like(hidden)
+    direction = torch.empty_like(hidden)
     tile = x.new_empty((block_n, len(weight)), dtype=acc_dtype)
+    rounding_scale = _rounding_scale(x.dtype)
     for block in _online_lse.blocks(len(x), block_n):
         block_state = state.select(block)
         z = _mm_out(tile[: block.stop - block.start], x[block], weight.t())
         z = _online_lse.transform_unless_triton(z, transform)
         _online_lse.update(block_state, z, 0, transform)
         grad_z = _reinterpret_dtype(z, x.dtype)
-        coefficients = _online_lse.gradient_coefficients(1.0, block_state, transform)
+        constant = torch.full_like(block_state.sum_rest, rounding_scale)
+        coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
-        grad_hidden[block] = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
-    return _online_lse.token_logps(state.target_logit, state.lse_rest), grad_hidden
+        product = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
+        torch.div(product, rounding_scale, out=direction[block])
+    return _online_lse.token_logps(*state[1:]), _online_lse.gradient_factor(state, transform), direction
 
 
 @_frozen_head.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)), torch.empty_like(hidden)
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    empty = partial(hidden.new_empty, hidden.shape[0], dtype=accumulation_dtype(hidden))
+    return empty(), empty(), torch.empty_like(hidden)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Saves the gradient of the hidden states, and neither the hidden states nor the weight."""
+    """Saves the factors and directions of the gradients, and neither the hidden states nor the weight."""
 
     @staticmethod
     def forward(
@@ -122,20 +138,20 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
             return (None,) * 7
-        (grad_hidden,) = ctx.saved_tensors
+        factor, direction = ctx.saved_tensors
         # With `out`, the result is rounded to the dtype of the hidden states without a float32 copy. It must be a new
-        # tensor, because a second backward pass through the same graph needs `grad_hidden` unscaled.
-        scaled = torch.mul(grad_hidden, grad_output.unsqueeze(1), out=torch.empty_like(grad_hidden))
-        return scaled, *(None,) * 6
+        # tensor, because a second backward pass through the same graph needs `direction` again.
+        grad_hidden = torch.mul(direction, (factor * grad_output).unsqueeze(1), out=torch.empty_like(direction))
+        return grad_hidden, *(None,) * 6
 
 
 # A trainable head.
@@ -151,10 +167,11 @@ def _head_statistics(
     scale: float,
     softcap: float | None,
     keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return target_logit [n], lse_rest [n], cached tiles [k, n, block_v] and their offsets [k, n].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return target_logit, max_rest and sum_rest [n], cached tiles [k, n, block_v] and their offsets [k, n].
 
-    The first k tiles are cached for backward, as exp(z_j - offset) times the derivative of the softcap.
+    The first k tiles are cached for backward, as exp(z_j - offset) times the derivative of the softcap, and times
+    `_rounding_scale`.
     """
     _online_lse.check_target_ids(target_ids, len(weight))
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
@@ -162,7 +179,7 @@ def _head_statistics(
     block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
     state = OnlineLSE.start(target_ids, acc_dtype)
     cached_tiles, cache_offsets = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
-    ones, zeros = torch.ones_like(state.lse_rest), torch.zeros_like(state.lse_rest)
+    scales = torch.full_like(state.sum_rest, _rounding_scale(cached_tiles.dtype))
     tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
     for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
         block_transform = transform.columns(block)
@@ -170,13 +187,14 @@ def _head_statistics(
         z = _online_lse.transform_unless_triton(z, block_transform)
         _online_lse.update(state, z, block.start, block_transform)
         if k < len(cached_tiles):
-            # The offset is the running log-sum-exp, rounded down to a multiple of ln 2. With another tiling, a cached
+            # The offset is the running maximum, rounded down to a multiple of ln 2. With another tiling, a cached
             # value then differs by a power of two, so that its rounding does not depend on the tiling.
-            cache_offsets[k] = state.lse_rest - state.lse_rest.remainder(log(2))
-            tile_state = state._replace(lse_rest=cache_offsets[k])
+            cache_offsets[k] = state.max_rest - state.max_rest.remainder(log(2))
+            tile_state = state._replace(max_rest=cache_offsets[k])
             cached_tile = cached_tiles[k, :, : z.shape[1]]
-            _online_lse.write_gradient(cached_tile, z, tile_state, block.start, block_transform, (-ones, zeros))
-    return state.target_logit, state.lse_rest, cached_tiles, cache_offsets
+            coefficients = (-scales, torch.zeros_like(scales))
+            _online_lse.write_gradient(cached_tile, z, tile_state, block.start, block_transform, coefficients)
+    return *state[1:], cached_tiles, cache_offsets
 
 
 @_head_statistics.register_fake
@@ -189,9 +207,9 @@ def _(
     scale: float,
     softcap: float | None,
     keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    target_logit, lse_rest = (hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)) for _ in range(2))
-    return target_logit, lse_rest, *_allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = partial(hidden.new_empty, hidden.shape[0], dtype=accumulation_dtype(hidden))
+    return empty(), empty(), empty(), *_allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
 
 
 @torch.library.custom_op("amapo_loss::head_gradients", mutates_args=())
@@ -205,7 +223,8 @@ def _head_gradients(
     scale: float,
     softcap: float | None,
     target_logit: Tensor,  # [n]
-    lse_rest: Tensor,  # [n]
+    max_rest: Tensor,  # [n]
+    sum_rest: Tensor,  # [n]
     cached_tiles: Tensor,  # [k, n, block_v]
     cache_offsets: Tensor,  # [k, n]
     needs_hidden: bool,
@@ -216,8 +235,9 @@ def _head_gradients(
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
     block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
-    state = OnlineLSE(target_ids, target_logit, lse_rest)
-    a, b = _online_lse.gradient_coefficients(grad_output, state, transform)
+    state = OnlineLSE(target_ids, target_logit, max_rest, sum_rest)
+    factor = _online_lse.gradient_factor(state, transform) * grad_output
+    a, b = _online_lse.gradient_coefficients(factor, state, transform)
     grad_hidden, grad_weight, grad_bias = _allocate_gradients(
         hidden, weight, bias, needs_hidden, needs_weight, needs_bias
     )
@@ -227,7 +247,7 @@ def _head_gradients(
         z, block_transform = tile[:, : block.stop - block.start], transform.columns(block)
         w, grad_z = _to_gemm_dtype(weight[block], gemm_dtype), _reinterpret_dtype(z, x.dtype)
         if k < len(cached_tiles):
-            rescaled = (a * torch.exp(cache_offsets[k] - lse_rest), b)
+            rescaled = (a * torch.exp(cache_offsets[k] - max_rest) / _rounding_scale(cached_tiles.dtype), b)
             cached_tile = cached_tiles[k, :, : z.shape[1]]
             _online_lse.write_gradient(
                 grad_z, cached_tile, state, block.start, block_transform, rescaled, z_is_exp=True
@@ -258,7 +278,7 @@ def _(
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Saves the hidden states, the log-sum-exp, and the cached tiles."""
+    """Saves the hidden states, three numbers per token, and the cached tiles."""
 
     @staticmethod
     def forward(
@@ -271,10 +291,9 @@ class _TrainableHead(torch.autograd.Function):
         softcap: float | None,
         keep_bytes: int,
     ) -> Any:
-        target_logit, lse_rest, *cache = _head_statistics(
-            hidden, weight, target_ids, bias, gemm_dtype, scale, softcap, keep_bytes
-        )
-        return _online_lse.token_logps(target_logit, lse_rest), target_logit, lse_rest, *cache
+        statistics = _head_statistics(hidden, weight, target_ids, bias, gemm_dtype, scale, softcap, keep_bytes)
+        target_logit, max_rest, sum_rest, *_ = statistics
+        return _online_lse.token_logps(target_logit, max_rest, sum_rest), *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -325,6 +344,11 @@ def _allocate_gradients(
 
 
 # Matrix products.
+
+
+def _rounding_scale(dtype: torch.dtype) -> float:
+    """Return the number by which forward multiplies a tile before it rounds it to this dtype."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ autograd function around them. Depends on torch, the argument checks and `amapo_
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,24 +36,25 @@ def _logit_statistics(
     logits: Tensor,  # [N, T, V]
     labels: Tensor,  # [N, T]
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Return target_logit and lse_rest [N * T]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return target_logit, max_rest and sum_rest [N * T]."""
     _online_lse.check_target_ids(torch.where(labels != ignore_index, labels, 0).flatten(), logits.shape[2])
     state = OnlineLSE.start(_target_ids(labels, ignore_index), accumulation_dtype(logits))
     if _online_lse.uses_triton(logits):
         _online_lse.update(state, logits, 0, NO_TRANSFORM)
-        return state.target_logit, state.lse_rest
+        return state[1:]
     for rows in _counted_blocks(state, logits):
         block_state = state.select(rows)
-        _online_lse.update(block_state, _copy_rows(logits, rows, state.lse_rest.dtype), 0, NO_TRANSFORM)
-        state.target_logit[rows], state.lse_rest[rows] = block_state.target_logit, block_state.lse_rest
-    return state.target_logit, state.lse_rest
+        _online_lse.update(block_state, _copy_rows(logits, rows, state.sum_rest.dtype), 0, NO_TRANSFORM)
+        for x, block_x in zip(state[1:], block_state[1:]):
+            x[rows] = block_x
+    return state[1:]
 
 
 @_logit_statistics.register_fake
-def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    target_logit, lse_rest = (logits.new_empty(labels.numel(), dtype=accumulation_dtype(logits)) for _ in range(2))
-    return target_logit, lse_rest
+def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    empty = partial(logits.new_empty, labels.numel(), dtype=accumulation_dtype(logits))
+    return empty(), empty(), empty()
 
 
 @torch.library.custom_op("amapo_loss::logit_gradient", mutates_args=())
@@ -62,18 +64,20 @@ def _logit_gradient(
     labels: Tensor,  # [N, T]
     ignore_index: int,
     target_logit: Tensor,  # [N * T]
-    lse_rest: Tensor,  # [N * T]
+    max_rest: Tensor,  # [N * T]
+    sum_rest: Tensor,  # [N * T]
 ) -> Tensor:
     """Return the gradient with respect to the logits."""
-    state = OnlineLSE(_target_ids(labels, ignore_index), target_logit, lse_rest)
-    a, b = _online_lse.gradient_coefficients(grad_output, state, NO_TRANSFORM)
+    state = OnlineLSE(_target_ids(labels, ignore_index), target_logit, max_rest, sum_rest)
+    factor = _online_lse.gradient_factor(state, NO_TRANSFORM) * grad_output
+    a, b = _online_lse.gradient_coefficients(factor, state, NO_TRANSFORM)
     if _online_lse.uses_triton(logits):
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         _online_lse.write_gradient(out, logits, state, 0, NO_TRANSFORM, (a, b))
         return out
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _counted_blocks(state, logits):
-        z = _copy_rows(logits, rows, lse_rest.dtype)
+        z = _copy_rows(logits, rows, sum_rest.dtype)
         _online_lse.write_gradient(z, z, state.select(rows), 0, NO_TRANSFORM, (a[rows], b[rows]))
         out.view(-1, out.shape[2])[rows] = z.to(out.dtype)
     return out
@@ -85,16 +89,16 @@ def _(grad_output: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 class _LogitsLogps(torch.autograd.Function):
-    """Saves the logits, which exist anyway, and two numbers per label."""
+    """Saves the logits, which exist anyway, and three numbers per label."""
 
     @staticmethod
     def forward(
         logits: Tensor,  # [N, T, V]
         labels: Tensor,  # [N, T]
         ignore_index: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        target_logit, lse_rest = _logit_statistics(logits, labels, ignore_index)
-        return _online_lse.token_logps(target_logit, lse_rest), target_logit, lse_rest
+    ) -> Any:
+        statistics = _logit_statistics(logits, labels, ignore_index)
+        return _online_lse.token_logps(*statistics), *statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -1,14 +1,16 @@
 r"""The log-softmax of rows of logits, computed tile by tile over the vocabulary, in plain PyTorch.
 
-For a row with logits z and target y, two numbers carry everything: the target's logit z_y, and the log-sum-exp of the
-rest, $L = \log \sum_{j \ne y} \exp z_j$. From them
+For a row with logits z and target y, three numbers carry everything: the target's logit z_y, and two numbers of the
+rest, its maximum $m = \max_{j \ne y} z_j$ and its sum $S = \sum_{j \ne y} \exp(z_j - m)$. From them
 
-    log p_y = log sigmoid(z_y - L)                1 - p_y = sigmoid(L - z_y)
-    d log p_y / d z_j = (1 - p_y) * (1 if j = y, else -exp(z_j - L))
+    log-odds = log (p_y / (1 - p_y)) = (z_y - m) - log S
+    log p_y = log sigmoid(log-odds)               1 - p_y = sigmoid(-log-odds)
+    d log p_y / d z_j = (1 - p_y) * (1 if j = y, else -exp(z_j - m) / S)
 
 Most tokens have p_y near 1 after training. A sum over the rest keeps the digits of 1 - p_y there, and subtracting p_y
-from 1 would lose them. On a GPU, `amapo_loss.kernels.online_lse` does the same in one pass over a tile. Depends only on
-torch and the kernels.
+from 1 would lose them. The maximum and the sum stay apart, because the log-sum-exp m + log S would be rounded to the
+digits of m: logits near 10,000 would have log-probs with an error of 5e-4. On a GPU, `amapo_loss.kernels.online_lse`
+does the same in one pass over a tile. Depends only on torch and the kernels.
 
 A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. Callers make it of matrix products and
 pass it through `transform_unless_triton`. After that it holds logits, or still the products where Triton processes it,
@@ -28,7 +30,7 @@ from amapo_loss import kernels
 # Elements in a tile: enough for fast matrix products, and little beside what a model holds.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 BLOCK_MULTIPLE = 128  # a block that is not the whole has a multiple of this length, which matrix units are fastest at
-CPU_LSE_ROWS = 64  # rows in one call of torch.logsumexp on a CPU, because it copies its input
+CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
 
 
 class OnlineLSE(NamedTuple):
@@ -36,7 +38,8 @@ class OnlineLSE(NamedTuple):
 
     target_ids: Tensor  # [n] int64: y, or -1 in a row that does not count
     target_logit: Tensor  # [n] z_y, or 0 as long as the column y has not been seen
-    lse_rest: Tensor  # [n] L over the columns seen so far
+    max_rest: Tensor  # [n] m over the columns seen so far
+    sum_rest: Tensor  # [n] S over the columns seen so far: 0 if they are all -inf, and in [1, V) otherwise
 
     @classmethod
     def start(cls, target_ids: Tensor, dtype: torch.dtype) -> "OnlineLSE":
@@ -44,11 +47,12 @@ class OnlineLSE(NamedTuple):
 
         Rows with the target -1 must stay in this state: the kernels skip them, and on a CPU the caller leaves them out.
         """
-        empty_sum = torch.finfo(dtype).min  # not -inf, because -inf - -inf is NaN
+        lowest = torch.finfo(dtype).min  # not -inf, because -inf - -inf is NaN
         return cls(
             target_ids,
             torch.zeros_like(target_ids, dtype=dtype),
-            torch.full_like(target_ids, empty_sum, dtype=dtype),
+            torch.full_like(target_ids, lowest, dtype=dtype),
+            torch.zeros_like(target_ids, dtype=dtype),
         )
 
     def select(self, rows: slice | Tensor) -> "OnlineLSE":
@@ -74,23 +78,29 @@ class LogitTransform(NamedTuple):
 
 def token_logps(
     target_logit: Tensor,  # [n]
-    lse_rest: Tensor,  # [n]
+    max_rest: Tensor,  # [n]
+    sum_rest: Tensor,  # [n]
 ) -> Tensor:
-    """Return log p_y [n]. A target logit of infinity gives NaN, because its softmax is undefined."""
-    return F.logsigmoid(target_logit - lse_rest).masked_fill(target_logit == inf, nan)
+    """Return log p_y [n]."""
+    return F.logsigmoid(_log_odds(target_logit, max_rest, sum_rest))
+
+
+def gradient_factor(state: OnlineLSE, transform: LogitTransform) -> Tensor:
+    """Return the factor [n] that all entries of a row's gradient have in common: (1 - p_y) * scale."""
+    return torch.sigmoid(-_log_odds(*state[1:])) * transform.scale
 
 
 def gradient_coefficients(
-    grad_output: Tensor | float,  # [n]
+    factor: Tensor,  # [n] `gradient_factor` times the gradient with respect to log p_y, or another common factor
     state: OnlineLSE,
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficients (a, b) [n] of each row's gradient with respect to the products x.
 
-    It is dx_j = -a exp(z_j - L) slope_j for j != y, and dx_y = b, where slope_j is the derivative of the softcap.
+    It is dx_j = -a exp(z_j - m) slope_j for j != y, and dx_y = b, where slope_j is the derivative of the softcap.
     """
-    a = torch.sigmoid(state.lse_rest - state.target_logit) * grad_output * transform.scale
-    return a, a * transform.slope(state.target_logit)
+    # A sum of 0 has the factor 0, and 0 / 0 would be NaN. Every other sum is at least 1.
+    return factor / state.sum_rest.clamp(min=1), factor * transform.slope(state.target_logit)
 
 
 def check_target_ids(
@@ -146,8 +156,12 @@ def update(
     tile_target_logit = z.gather(1, column).squeeze(1)
     state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
     z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
-    lse_of_tile = torch.cat([rows.logsumexp(1) for rows in z.split(CPU_LSE_ROWS)])
-    torch.logaddexp(state.lse_rest, lse_of_tile, out=state.lse_rest)
+    for block in blocks(len(z), CPU_LSE_ROWS):
+        max_rest, sum_rest = state.max_rest[block], state.sum_rest[block]
+        new_max = torch.maximum(max_rest, z[block].amax(1))
+        sum_of_tile = (z[block] - new_max.unsqueeze(1)).exp_().sum(1)
+        sum_rest.mul_(torch.exp(max_rest - new_max)).add_(sum_of_tile)
+        max_rest.copy_(new_max)
 
 
 def write_gradient(
@@ -161,7 +175,7 @@ def write_gradient(
 ) -> None:
     """Write the gradient with respect to a tile of matrix products, see `gradient_coefficients`.
 
-    With the coefficients (-1, 0) the result is exp(z_j - L) slope_j, from which every gradient of the row follows by
+    With the coefficients (-1, 0) the result is exp(z_j - m) slope_j, from which every gradient of the row follows by
     scaling. With `z_is_exp`, z holds that already.
     """
     if uses_triton(z):
@@ -175,12 +189,21 @@ def write_gradient(
         z = out.copy_(z)
     else:
         slope = transform.slope(z)
-        z.sub_(state.lse_rest.unsqueeze(1)).exp_()
+        z.sub_(state.max_rest.unsqueeze(1)).exp_()
         if transform.softcap is not None:
             z *= slope
     z *= -a.unsqueeze(1)
     z.scatter_(1, column, torch.where(in_tile, b, z.gather(1, column).squeeze(1)).unsqueeze(1))
     out.copy_(z)
+
+
+def _log_odds(
+    target_logit: Tensor,  # [n]
+    max_rest: Tensor,  # [n]
+    sum_rest: Tensor,  # [n]
+) -> Tensor:
+    """Return the log-odds [n] of the target. A logit of infinity gives NaN, because its softmax is undefined."""
+    return ((target_logit - max_rest) - sum_rest.log()).masked_fill(target_logit == inf, nan)
 
 
 def _target_columns(

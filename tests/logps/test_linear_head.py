@@ -1,5 +1,6 @@
 """Check the log-probs from hidden states against autograd through the logits in float64."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -18,7 +19,7 @@ from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, se
 from amapo_loss.logps._linear_head import _mm_out
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, tiled
-from tests.support.logps import IGNORE_INDEX, reference_logps
+from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 from tests.support.ranks import on_ranks
 
 # Each string names the tensors that require a gradient. `random_head` makes a bias only if the string names it.
@@ -99,9 +100,11 @@ def confident_head(
     vocab_size: int,
     shared_mean: float,
     requires_grad: str,
+    doubt: float | None = None,
 ) -> tuple[Head, Tensor]:
     """Return a head and its targets [num_tokens], most of which have a probability above 0.99.
 
+    With `doubt`, 1 - p is this number for each of them, before the rounding to bfloat16.
     The rows of the weight share a mean, as those of trained models do. The mean is about `shared_mean` times as large
     as the deviations from it. All numbers are float64 and can be converted to bfloat16 without rounding.
     """
@@ -116,14 +119,15 @@ def confident_head(
     direction = weight[target_ids] - mean
     target_logit = torch.empty(num_tokens, dtype=torch.float64).uniform_(15, 24, generator=generator)
     coefficient = (target_logit - (noise * direction).sum(1)) / direction.square().sum(1)
+    if doubt is not None:
+        for _ in range(20):  # Newton's method, whose slope leaves out what the coefficient does to the other logits
+            logits = (noise + direction * coefficient[:, None]) @ weight.T
+            target_logit = logits.gather(1, target_ids[:, None]).squeeze(1)
+            log_odds = target_logit - logits.scatter(1, target_ids[:, None], -torch.inf).logsumexp(1)
+            coefficient += (math.log(1 / doubt - 1) - log_odds) / direction.square().sum(1)
     hidden = (noise + direction * coefficient[:, None]).bfloat16().double()
     head = Head(hidden.requires_grad_("hidden" in requires_grad), weight.requires_grad_("weight" in requires_grad))
     return head, target_ids
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu()
-    return float((actual - expected).norm() / expected.norm())
 
 
 class ErrorBounds(NamedTuple):
@@ -434,6 +438,150 @@ def test_confident_tokens_keep_their_gradient(backend: str, requires_grad: str) 
     assert relative_error(actual, expected) < 1e-4
     for gradient, expected_gradient in zip(actual_gradients, gradients(expected, head, grad_output)):
         assert relative_error(gradient, expected_gradient) < 4e-3
+
+
+@every_tiling
+@settings(deadline=None, max_examples=40)
+@given(
+    doubt=st.floats(-6, -1).map(lambda x: 10**x),
+    grad_scale=st.floats(-10, 16).map(lambda x: 2**x),
+    requires_grad=st.sampled_from(["hidden", "hidden weight"]),
+    keep_bytes=st.sampled_from([0, 10**9]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+@example(doubt=5e-6, grad_scale=2.0**16, requires_grad="hidden", keep_bytes=0, dtype=torch.float16)
+def test_gradients_are_as_exact_as_those_of_autograd_for_any_confidence_and_loss_scale(
+    backend: str,
+    doubt: float,
+    grad_scale: float,
+    requires_grad: str,
+    keep_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    """In float16, a gradient times 1 - p may underflow before the loss scale multiplies it."""
+    head, target_ids = confident_head(8, 64, 300, 0.5, requires_grad, doubt)
+    head = head.to("cpu", dtype)  # the reference gets the same numbers
+    grad_output = torch.full((8,), grad_scale)
+
+    def grad_hidden_of_autograd(head: Head, acc_dtype: torch.dtype) -> Tensor:
+        logps = head.logits().to(acc_dtype).log_softmax(-1)[torch.arange(8), target_ids]
+        return gradients(logps, head, grad_output)[0].double()
+
+    expected = grad_hidden_of_autograd(head.to("cpu", torch.float64), torch.float64)
+    of_autograd = grad_hidden_of_autograd(head, torch.float32)
+    with tiled(backend, 2**11) as device:
+        on_device = head.to(device, dtype)
+        logps = linear_token_logps(on_device.hidden, on_device.weight, target_ids.to(device), keep_bytes=keep_bytes)
+        actual = gradients(logps, on_device, grad_output)[0].cpu().double()
+
+    def largest_error(error: Tensor) -> Tensor:
+        """Return the largest error of a token, relative to the norm of its gradient."""
+        errors: Tensor = error.norm(dim=1) / expected.norm(dim=1)
+        return errors.max()
+
+    limits = torch.finfo(dtype)
+    rounding = largest_error(limits.eps * (expected.abs() + limits.smallest_normal))
+    error = largest_error(actual - expected)
+    assert error <= 2 * largest_error(of_autograd - expected) + rounding
+    assert error <= 2 * rounding + 1e-5  # logits near 20 have an error of a few 1e-6 in float32
+
+
+@every_tiling
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_many_entries_below_the_smallest_float16_number_add_up(backend: str, requires_grad: str) -> None:
+    """Forward rounds exp(z_j - m) to float16 before backward knows the loss scale.
+
+    It is 1.5e-8 for 998 vocabulary tokens, and the gradient of the second hidden unit comes from them alone.
+    """
+    weight = torch.tensor([[4.0, 0.0], [2.0, 0.0], *[[-14.0, 16.0]] * 998], dtype=torch.float64)
+    hidden = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    head = Head(hidden, weight.requires_grad_("weight" in requires_grad))
+    target_ids, grad_output = torch.tensor([1]), torch.tensor([2.0**14])
+    expected, *_ = gradients(head.logits().log_softmax(-1)[:, 1], head, grad_output)
+    with tiled(backend, 2**8) as device:
+        on_device = head.to(device, torch.float16)
+        logps = linear_token_logps(on_device.hidden, on_device.weight, target_ids.to(device), keep_bytes=10**6)
+        actual, *_ = gradients(logps, on_device, grad_output)
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=2e-3, atol=0)
+
+
+def head_with_exact_products(vocab_size: int, requires_grad: str, offset: float, seed: int) -> tuple[Head, Tensor]:
+    """Return a head and its targets [8], in float32. All products and the bias are multiples of 1/4.
+
+    If `offset`, which is added to the bias, is between -1e6 and 1e6, float32 holds the logits without rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    randint = partial(torch.randint, generator=generator, dtype=torch.float32)
+    hidden, weight, bias = randint(-2, 3, (8, 6)), randint(-8, 9, (vocab_size, 6)), randint(-8, 9, (vocab_size,))
+    tensors = {"hidden": hidden, "weight": weight / 4, "bias": bias / 4 + round(4 * offset) / 4}
+    head = Head(*(x.requires_grad_(name in requires_grad.split()) for name, x in tensors.items()))
+    return head, torch.randint(vocab_size, (8,), generator=generator)
+
+
+def assert_as_exact_as_autograd(
+    backend: str,
+    head: Head,  # in float32
+    target_ids: Tensor,  # [n]
+    keep_bytes: int = 0,
+) -> None:
+    """Compare the errors of the log-probs and gradients with those of autograd in float32."""
+    grad_output = torch.randn(len(target_ids), generator=torch.Generator().manual_seed(0))
+
+    def logps_and_gradients(head: Head) -> list[Tensor]:
+        logps = head.logits().log_softmax(-1)[torch.arange(len(target_ids)), target_ids]
+        return [logps, *gradients(logps, head, grad_output)]
+
+    expected, of_autograd = logps_and_gradients(head.to("cpu", torch.float64)), logps_and_gradients(head)
+    with tiled(backend, 64) as device:
+        on_device = head.to(device, torch.float32)
+        logps = linear_token_logps(
+            on_device.hidden,
+            on_device.weight,
+            target_ids.to(device),
+            on_device.bias,
+            keep_bytes=keep_bytes,
+            logit_scale=head.scale,
+            final_logit_softcapping=head.softcap,
+        )
+        actual = [logps, *gradients(logps, on_device, grad_output)]
+    for x, of_torch, exact in zip(actual, of_autograd, expected):
+        assert relative_error(x, exact) <= 2 * relative_error(of_torch, exact) + 2 * torch.finfo(torch.float32).eps
+
+
+@every_tiling
+@settings(deadline=None, max_examples=40)
+@given(
+    vocab_size=st.integers(2, 40),
+    requires_grad=st.sampled_from(WITH_GRADIENTS),
+    keep_bytes=st.sampled_from([0, 1000, 10**9]),
+    offset=st.one_of(st.floats(-1e6, 1e6), st.floats(-1e3, 1e3)),
+    seed=st.integers(0, 2**31),
+)
+def test_an_offset_of_the_logits_costs_no_more_digits_than_in_log_softmax(
+    backend: str,
+    vocab_size: int,
+    requires_grad: str,
+    keep_bytes: int,
+    offset: float,
+    seed: int,
+) -> None:
+    """The softmax does not change if a number is added to the bias of every vocabulary token."""
+    head, target_ids = head_with_exact_products(vocab_size, requires_grad, offset, seed)
+    assert_as_exact_as_autograd(backend, head, target_ids, keep_bytes)
+
+
+@every_tiling
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_a_softcap_costs_no_more_digits_than_with_autograd(
+    backend: str,
+    requires_grad: str,
+    softcap: float,
+    scale: float,
+) -> None:
+    head, target_ids = head_with_exact_products(50, requires_grad, 0.0, seed=0)
+    assert_as_exact_as_autograd(backend, head._replace(scale=scale, softcap=softcap), target_ids)
 
 
 @every_tiling

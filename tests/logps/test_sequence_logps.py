@@ -1,5 +1,6 @@
 """Check the log-probs of sequences from logits against `log_softmax` and `gather` in float64."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd import gradcheck
 from amapo_loss import amapo_loss, sequence_logps
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import every_tiling, tiled
-from tests.support.logps import IGNORE_INDEX, reference_logps
+from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 
 # How logits [N, T, V] may lie in memory.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,6 +119,49 @@ def test_log_probs_of_bfloat16_logits_are_summed_in_float32() -> None:
     assert actual.item() == pytest.approx(expected.item(), abs=1e-3)
 
 
+@every_tiling
+@pytest.mark.parametrize("value", [1e4, -1e4, 1e6, -1e30, torch.finfo(torch.float32).min])
+def test_equal_logits_of_any_size_give_the_uniform_distribution(backend: str, value: float) -> None:
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    with tiled(backend) as device:
+        logps = sequence_logps(torch.full((1, 1, 1000), value, device=device), labels.to(device), shift=False)
+    assert logps.item() == pytest.approx(-math.log(1000), rel=1e-6)
+
+
+@every_tiling
+@settings(deadline=None, max_examples=60)
+@given(
+    vocab_size=st.integers(2, 50),
+    spread=st.sampled_from([0.1, 3.0, 30.0]),
+    offset=st.one_of(st.floats(-1e6, 1e6), st.floats(-1e3, 1e3)),
+    seed=st.integers(0, 2**31),
+)
+def test_an_offset_of_the_logits_costs_no_more_digits_than_in_log_softmax(
+    backend: str,
+    vocab_size: int,
+    spread: float,
+    offset: float,
+    seed: int,
+) -> None:
+    """The softmax does not change if a number is added to all logits, apart from their rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, 10, vocab_size, generator=generator) * spread + offset
+    labels = torch.randint(vocab_size, (1, 10), generator=generator)
+    grad_output = torch.ones(1)
+
+    def logps_and_gradient(logps_of_logits: Callable[..., Tensor], x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        logps = logps_of_logits(x, labels.to(x.device), shift=False)
+        return [logps, *torch.autograd.grad(logps, x, grad_output.to(logps))]
+
+    expected = logps_and_gradient(reference_logps, logits.double())
+    of_log_softmax = logps_and_gradient(reference_logps, logits)
+    with tiled(backend) as device:
+        actual = logps_and_gradient(sequence_logps, logits.to(device))
+    for x, of_torch, exact in zip(actual, of_log_softmax, expected):
+        assert relative_error(x, exact) <= 2 * relative_error(of_torch, exact) + 2 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
 def test_sequence_log_probs_pass_gradcheck(average: bool, shift: bool) -> None:
@@ -164,13 +208,33 @@ def test_nonfinite_logits_matter_only_where_a_label_counts(backend: str) -> None
 
 
 @every_tiling
-def test_an_infinite_logit_of_a_target_gives_nan(backend: str) -> None:
-    """The softmax of an infinite logit is undefined."""
-    logits = torch.randn(2, 4, 5)
-    logits[1, 0, 4] = torch.inf
-    labels = torch.tensor([[IGNORE_INDEX] * 4, [IGNORE_INDEX, 4, 1, 1]])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [math.inf, 0.0, 1.0],
+        [0.0, math.inf, 1.0],
+        [math.inf, 0.0, math.inf],
+        [math.nan, 0.0, 1.0],
+        [0.0, math.nan, 1.0],
+        [-math.inf, 0.0, 1.0],
+        [0.0, -math.inf, 1.0],
+        [0.0, -math.inf, -math.inf],
+        [-math.inf, 0.0, -math.inf],
+        [-math.inf, -math.inf, -math.inf],
+        [torch.finfo(torch.float32).min, 0.0, 1.0],
+        [0.0, torch.finfo(torch.float32).min, torch.finfo(torch.float32).min],
+    ],
+)
+def test_infinite_logits_and_nan_give_what_log_softmax_gives(backend: str, logits: list[float]) -> None:
+    """The target is the first entry."""
+    on_cpu, target_ids = torch.tensor([[logits]]).requires_grad_(), torch.zeros(1, 1, dtype=torch.int64)
+    expected = on_cpu.log_softmax(-1)[0, :, 0]
     with tiled(backend) as device:
-        assert sequence_logps(logits.to(device), labels.to(device))[1].isnan()
+        on_device = on_cpu.detach().to(device).requires_grad_()
+        actual = sequence_logps(on_device, target_ids.to(device), shift=False)
+        (gradient,) = torch.autograd.grad(actual, on_device)
+    torch.testing.assert_close(actual.cpu(), expected, equal_nan=True)
+    torch.testing.assert_close(gradient.cpu(), *torch.autograd.grad(expected, on_cpu), equal_nan=True)
 
 
 def test_double_backward_raises() -> None:

@@ -1,5 +1,6 @@
-"""The log-probs of sequences by PyTorch's own functions, which the tests compare with."""
+"""The log-probs of sequences by PyTorch's own functions, which the tests compare with, and a measure of errors."""
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -17,3 +18,9 @@ def reference_logps(
     counted = labels != IGNORE_INDEX
     token_logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
     return token_logps.sum(1) / (counted.sum(1).clamp(min=1) if average else 1)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the error relative to the norm of the expected values. Two zeros have the error 0."""
+    actual, expected = (x.detach().cpu().double() for x in (actual, expected))
+    return float((actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny))

@@ -53,7 +53,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def compile_online_lse() -> None:
     """Launch the kernels of `online_lse` as the linear head does, and then as `sequence_logps` does."""
-    state = [empty(64, dtype=torch.int64), empty(64), empty(64)]  # target_ids, target_logit, lse_rest
+    state = [empty(64, dtype=torch.int64), empty(64), empty(64), empty(64)]  # the fields of OnlineLSE
     coefficients = [empty(64), empty(64)]
 
     # The linear head: tiles of float32 matrix products, and gradients in bfloat16.
