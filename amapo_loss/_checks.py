@@ -44,13 +44,31 @@ def token_ids(name: str, value: object) -> Tensor:
     return value
 
 
-def not_dtensor(name: str, value: Tensor) -> None:
-    """Raise TypeError for a DTensor."""
-    if hasattr(value, "full_tensor"):  # importing the class DTensor takes as long as importing this whole package
+def plain_activation(name: str, value: Tensor) -> None:
+    """Raise TypeError for a DTensor where an activation or its labels are expected."""
+    if _is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or {name}.to_local() if each "
+            "rank has sequences of its own"
+        )
+
+
+def plain_parameter(name: str, value: Tensor) -> None:
+    """Raise for a parameter that FSDP2 has sharded, or DeepSpeed ZeRO-3 partitioned."""
+    if _is_dtensor(value):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or call this inside the forward "
             f"of the module that holds it, where FSDP2 has gathered it"
         )
+    if value.shape == (0,):
+        raise ValueError(
+            f"{name} is empty, as DeepSpeed ZeRO-3 leaves a partitioned parameter: call this inside "
+            f"deepspeed.zero.GatheredParameters({name}), or inside the forward of the module that holds it"
+        )
+
+
+def _is_dtensor(value: Tensor) -> bool:
+    return hasattr(value, "full_tensor")  # importing the class DTensor takes as long as importing this whole package
 
 
 def scalar_tensor(name: str, value: object, device: torch.device) -> None:

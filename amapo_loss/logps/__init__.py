@@ -41,7 +41,7 @@ def sequence_logps(
         gradient 0.
 
     Raises:
-        TypeError: if `logits` is not a floating tensor or `labels` not an int64 tensor.
+        TypeError: if `logits` is not a floating tensor or `labels` not an int64 tensor; if one of them is a DTensor.
         ValueError: if their shapes or devices do not match.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
@@ -173,9 +173,10 @@ def linear_token_logps(
         [n] log-probs in nats, float32 (float64 for float64 input).
 
     Raises:
-        TypeError: if `hidden`, `weight` or `bias` is not a floating tensor, `targets` not an int64 tensor, `weight` or
-            `bias` a DTensor, or one of the other arguments not a number.
-        ValueError: if shapes, dtypes or devices do not match, `keep_bytes` is negative, or the softcap not above 0.
+        TypeError: if `hidden`, `weight` or `bias` is not a floating tensor; if `targets` is not an int64 tensor; if one
+            of them is a DTensor; if one of the other arguments is not a number.
+        ValueError: if shapes, dtypes or devices do not match; if `weight` or `bias` is empty, as under DeepSpeed
+            ZeRO-3; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
 
@@ -224,6 +225,8 @@ def _check_labels(
     labels: Tensor,  # [N, T]
 ) -> None:
     _checks.token_ids("labels", labels)
+    _checks.plain_activation(name, states)
+    _checks.plain_activation("labels", labels)
     if states.ndim != 3 or labels.shape != states.shape[:2]:
         raise ValueError(
             f"{name} must be [N, T, {last_dim}] and labels [N, T], "
@@ -241,10 +244,12 @@ def _check_head(
 ) -> None:
     _checks.floating_tensor("hidden", hidden)
     _checks.token_ids("targets", targets)
+    _checks.plain_activation("hidden", hidden)
+    _checks.plain_activation("targets", targets)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, parameter in parameters.items():
         _checks.floating_tensor(name, parameter)
-        _checks.not_dtensor(name, parameter)
+        _checks.plain_parameter(name, parameter)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"

@@ -707,25 +707,36 @@ def test_the_logits_are_never_held_in_memory() -> None:
             assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < logits_bytes / 8
 
 
-def messages_for_dtensors(rank: int, group: Any) -> list[str]:
-    """Return the error messages for a weight and for a bias that is a DTensor."""
+def messages_for_dtensors(rank: int, group: Any) -> dict[str, str]:
+    """Return the error message for each tensor that is a DTensor."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    head = random_head(1, 4, 8, 30, "bias")
+    head, labels = random_head(1, 4, 8, 30, "bias"), random_labels(1, 4, 30)
     shard = partial(distribute_tensor, device_mesh=init_device_mesh("cpu", (1,)), placements=[Shard(0)])
-    messages = []
-    for weight, bias in ((shard(head.weight), None), (head.weight, shard(torch.zeros(30)))):
+    hidden, weight, targets = head.hidden[0], head.weight, torch.arange(4)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "weight": lambda: linear_token_logps(hidden, shard(weight), targets),
+        "bias": lambda: linear_token_logps(hidden, weight, targets, shard(torch.zeros(30))),
+        "hidden": lambda: linear_token_logps(shard(hidden), weight, targets),
+        "targets": lambda: linear_token_logps(hidden, weight, shard(targets)),
+        "hidden of sequences": lambda: linear_sequence_logps(shard(head.hidden), weight, labels),
+        "labels": lambda: linear_sequence_logps(head.hidden, weight, shard(labels)),
+        "logits": lambda: sequence_logps(shard(head.logits().detach()), labels),
+    }
+    messages = {}
+    for name, call in calls.items():
         with pytest.raises(TypeError) as raised:
-            linear_token_logps(head.hidden[0], weight, torch.arange(4), bias)
-        messages.append(str(raised.value))
+            call()
+        messages[name] = str(raised.value)
     return messages
 
 
 def test_a_dtensor_raises() -> None:
     (messages,) = on_ranks(1, messages_for_dtensors)
-    for name, message in zip(("weight", "bias"), messages):
-        assert message.startswith(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
+    for name, message in messages.items():
+        argument = name.split()[0]
+        assert message.startswith(f"{argument} must be a plain tensor, got a DTensor: pass {argument}.full_tensor()")
 
 
 def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:

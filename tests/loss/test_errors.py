@@ -223,6 +223,13 @@ LINEAR_HEAD: list[Case] = [
         ValueError,
         "weight is torch.bfloat16, expected the dtype of hidden, torch.float32",
     ),
+    (
+        {"weight": torch.zeros(0)},
+        ValueError,
+        "weight is empty, as DeepSpeed ZeRO-3 leaves a partitioned parameter: call this inside "
+        "deepspeed.zero.GatheredParameters(weight)",
+    ),
+    ({"bias": torch.zeros(0)}, ValueError, "bias is empty, as DeepSpeed ZeRO-3 leaves a partitioned parameter"),
     ({"bias": 0.0}, TypeError, "bias must be a floating tensor, got float"),
     ({"bias": torch.zeros(3)}, ValueError, "bias must be (5,), one entry per vocabulary token, got shape (3,)"),
     ({"bias": torch.zeros(5, device=META)}, ValueError, "bias is on meta, expected the device of hidden, cpu"),
