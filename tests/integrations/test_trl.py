@@ -237,6 +237,7 @@ def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_averag
     [
         ({"length_average": False}, "beta=2 is meant for averaged log-probs, and length_average is False"),
         ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
+        ({"train_dataset": pairs(8).add_column("weight", [1.0] * 8)}, "ignores the column 'weight' of the training"),
     ],
 )
 def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
@@ -308,16 +309,19 @@ DISTRIBUTED_RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.support.trl import make_trainer
+from tests.support.trl import make_trainer, pairs
 import torch
-trainer = make_trainer(Path({folder!r}), max_steps=3, statistics_window=12, ddp_backend="gloo")
+options = {{"statistics_window": 12, "eval_dataset": pairs(7), "per_device_eval_batch_size": 2}}
+trainer = make_trainer(Path({folder!r}), max_steps=3, ddp_backend="gloo", **options)
 trainer.train()
+trainer.evaluate()
 if trainer.accelerator.is_main_process:
     torch.save((trainer.state.log_history, trainer.model.state_dict()), {folder!r} + "/result.pt")
 """
 
 
-def test_two_processes_train_like_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+    """The 7 pairs of the evaluation set are no multiple of the batch, so that accelerate repeats one of them."""
     script = tmp_path / "distributed_run.py"
     script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path)))
     result = subprocess.run(
@@ -329,19 +333,18 @@ def test_two_processes_train_like_one_process_with_twice_the_batch(tmp_path: Pat
     )
     assert result.returncode == 0, result.stderr[-3000:]
     logs, state_dict = torch.load(tmp_path / "result.pt", weights_only=False)
-    single = make_trainer(tmp_path / "single", max_steps=3, statistics_window=12, per_device_train_batch_size=8)
+    options = {"statistics_window": 12, "eval_dataset": pairs(7), "per_device_eval_batch_size": 7}
+    single = make_trainer(tmp_path / "single", max_steps=3, per_device_train_batch_size=8, **options)
     single.train()
-    compared = (
-        "loss",
-        "rewards/margins",
-        "amapo/score_mean",
-        "amapo/score_std",
-        "amapo/margin_mean",
-        "grad_norm",
-    )
+    single.evaluate()
+    summary_keys = [key for key in single.state.log_history[0] if key.startswith(("amapo/", "rewards/", "logps/"))]
+    assert len(summary_keys) == 16
     for actual, expected in zip(logs[:3], single.state.log_history[:3]):
-        for name in compared:
+        for name in ("loss", "grad_norm", *summary_keys):
             assert actual[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    for name in ("loss", *summary_keys):
+        expected_value = single.state.log_history[-1][f"eval_{name}"]
+        assert logs[-1][f"eval_{name}"] == pytest.approx(expected_value, rel=1e-3, abs=1e-5), name
     for name, parameter in single.model.state_dict().items():
         torch.testing.assert_close(state_dict[name], parameter, rtol=1e-3, atol=1e-5)
 

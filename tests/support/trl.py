@@ -37,11 +37,13 @@ def make_trainer(
         folder: where the trainer writes its checkpoints.
         model: the model to train. None takes `tiny_llama`.
         config_class: the class of the trainer's `args`.
-        options: arguments of `AMaPOTrainer` (`peft_config`, `eval_dataset`, `ref_model`) and options of `config_class`.
+        options: arguments of `AMaPOTrainer` (such as `eval_dataset` and `ref_model`) and options of `config_class`.
 
     """
     trainer_arguments = {
-        name: options.pop(name) for name in ("peft_config", "eval_dataset", "ref_model") if name in options
+        name: options.pop(name)
+        for name in ("peft_config", "train_dataset", "eval_dataset", "ref_model")
+        if name in options
     }
     defaults = {
         "per_device_train_batch_size": 4,
@@ -58,7 +60,6 @@ def make_trainer(
     return AMaPOTrainer(
         model or tiny_llama(),
         args=config_class(str(folder), **defaults | options),
-        train_dataset=pairs(),
         processing_class=byte_tokenizer(),
-        **trainer_arguments,
+        **{"train_dataset": pairs()} | trainer_arguments,
     )
