@@ -41,7 +41,7 @@ class Totals:
 
     `a + b` are the totals of both sets together, and `reduced(process_group)` those of all ranks. However a set of
     pairs is split over micro-batches, ranks and steps, the totals, and so the summary, are those of the whole set, up
-    to the rounding of float64 sums. `Diagnostics.totals()` returns those of one loss call.
+    to rounding. `Diagnostics.totals()` returns those of one loss call.
 
     Attributes:
         values: [17] float64, on the device of the log-probs; empty for `Totals.none()`.

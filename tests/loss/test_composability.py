@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from amapo_loss import AdaptiveMargin, AMaPOLoss, amapo_loss, dpo_loss, sequence_logps, simpo_loss
+from amapo_loss import (
+    AdaptiveMargin,
+    AMaPOLoss,
+    ScoreWindow,
+    Totals,
+    amapo_loss,
+    dpo_loss,
+    sequence_logps,
+    simpo_loss,
+)
 from tests.support.generators import COMPILERS, every_loss, every_margin, gradients, random_logps, score_statistics
 
 
@@ -126,13 +135,22 @@ def test_nothing_synchronizes_with_the_device(margin: AdaptiveMargin) -> None:
     with torch.device("meta"):
         logps = [torch.empty(8, requires_grad=True) for _ in range(4)]
         lengths = {"chosen_lengths": torch.ones(8), "rejected_lengths": torch.ones(8)}
-        for options in ({}, {"statistics": score_statistics(0.3, 1.0)}, lengths):
+        weights = {"weights": torch.ones(8, dtype=torch.bool)}
+        for options in (
+            {},
+            {"statistics": score_statistics(0.3, 1.0)},
+            {"statistics": ScoreWindow(4)},
+            lengths,
+            weights,
+        ):
             for reduction in ("mean", "sum", "none"):
                 loss, diagnostics = amapo_loss(
                     *logps, margin=margin, label_smoothing=0.1, reduction=reduction, **options
                 )
                 loss.sum().backward()
-                assert all(value.is_meta for value in diagnostics.summary().values())
+                totals = diagnostics.totals() + diagnostics.totals() + Totals.none()
+                for summary in (diagnostics.summary(), totals.summary()):
+                    assert all(value.is_meta for value in summary.values())
         sequence_logps(torch.empty(2, 5, 7, requires_grad=True), torch.ones(2, 5, dtype=torch.int64)).sum().backward()
     with pytest.raises(RuntimeError):  # reading a value does raise
         loss.sum().item()
