@@ -47,7 +47,7 @@ class Diagnostics(NamedTuple):
 
     @property
     def chosen_rewards(self) -> Tensor:
-        r"""[B] $\beta (\log\pi(y_w) - \log\mathrm{ref}(y_w)) / |y_w|$, with ref = 0 or |y| = 1 where not given."""
+        r"""[B] $\beta (\log\pi(y_w) - \log\mathrm{ref}(y_w)) / |y_w|$, with ref = 1 and |y| = 1 where not given."""
         return self._rewards()[1]
 
     @property
@@ -83,11 +83,11 @@ class Diagnostics(NamedTuple):
             - `rewards/accuracies`: share of pairs with r > 0.
             - `rewards/margins`: mean score r. This is TRL's name; it has nothing to do with the margin h.
             - `logps/chosen`, `logps/rejected`: mean log-probs as they were passed, so sums where they are sums.
-            - `amapo/score_mean`, `amapo/score_std`: the statistics that the margins were made from. With a process
-              group, a window or supplied statistics, they cover other pairs than this call's.
+            - `amapo/score_mean`, `amapo/score_std`: mean and standard deviation of the scores r. The former equals
+              `rewards/margins`. The statistics that the margins were made from are in `statistics`.
             - `amapo/margin_mean`, `amapo/margin_max`: mean and maximum of the margins h.
             - `amapo/margin_active`: share of pairs with h > 0.
-            - `amapo/margin_accuracies`: share of pairs with r above `amapo/score_mean`. The authors use this metric.
+            - `amapo/margin_accuracies`: share of pairs with r above `statistics.mean`. The authors use this metric.
             - `amapo/gradient_weight_correct`: mean gradient weight of the pairs with r > 0.
             - `amapo/gradient_weight_misranked`: mean gradient weight of the pairs with r <= 0.
             - `amapo/nonfinite`: number of pairs whose score is NaN or infinite.

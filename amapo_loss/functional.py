@@ -1,6 +1,6 @@
 """The losses. Each public function checks its arguments and passes them to a backend. Read this file from the top.
 
-Depends on the rest of the package except for `logps`, and for `module`, `trl` and `__main__`, which depend on it.
+This file imports everything in the package except `logps`. The files `module`, `trl` and `__main__` import it.
 """
 
 from typing import NamedTuple
@@ -92,14 +92,14 @@ def amapo_loss(
             all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this rank's pairs
             only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
-            one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. `"auto"` takes Triton
-            for log-probs on a GPU unless they are float64, and torch for everything else. Only torch has second
-            derivatives.
+            one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. The scores that an
+            estimator gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU unless they are
+            float64, and torch for everything else. Only torch has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
         or infinite, the loss is NaN, and `diagnostics.summary()["amapo/nonfinite"]` counts the pair. If the statistics
-        cover a single pair, all margins are 0. There is no host-device synchronization.
+        are taken over a single pair, all margins are 0. There is no host-device synchronization.
 
     Raises:
         TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if
@@ -151,7 +151,7 @@ def dpo_loss(
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. DPO uses sums over the response's tokens.
         rejected_logps: [B] log-probs of the rejected responses.
-        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model, required as the next one.
+        ref_chosen_logps: [B] log-probs of the chosen responses under the reference model. Both references are required.
         ref_rejected_logps: [B] log-probs of the rejected responses under the reference model.
         chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them. A
             length of 0 leaves the pair out.
@@ -318,9 +318,12 @@ def _estimate(
     process_group: ProcessGroup | None,
 ) -> ScoreStatistics:
     """Return the statistics of an estimator, which sees NaN for the pairs that are left out."""
+    if counted is not None and estimator == ScoreStatistics.of:
+        return ScoreStatistics.of(scores, process_group, counted)
     if counted is not None:
         scores = torch.where(counted, scores, torch.nan)
-    return _checked_statistics(estimator(scores, process_group), scores.device)
+    with torch.no_grad():
+        return _checked_statistics(estimator(scores, process_group), scores.device)
 
 
 def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
@@ -339,7 +342,7 @@ def _reduce(
     reduction: Reduction,
     rank_moments: Tensor | None,  # [ranks, 3], with a process group, weights or lengths
 ) -> Tensor:
-    """Return the losses, their sum, or their mean over the pairs of all ranks times the number of ranks."""
+    """Return the losses, their sum, or (sum of this rank's losses) x ranks / (pairs of all ranks)."""
     if reduction == "none":
         return losses
     if reduction == "mean" and rank_moments is not None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amapo_loss import _checks
-from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments
+from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments, sum_dtype
 
 
 class ScoreStatistics(NamedTuple):
@@ -35,7 +35,12 @@ class ScoreStatistics(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # hides the method tuple.count, which nobody calls here
 
     @classmethod
-    def of(cls, scores: Tensor, process_group: dist.ProcessGroup | None = None) -> "ScoreStatistics":
+    def of(
+        cls,
+        scores: Tensor,
+        process_group: dist.ProcessGroup | None = None,
+        mask: Tensor | None = None,
+    ) -> "ScoreStatistics":
         r"""Return the statistics of the given scores.
 
         $$\mu = \frac1n \sum_i r_i, \qquad \sigma^2 = \frac1{n-1} \sum_i (r_i - \mu)^2$$
@@ -45,14 +50,15 @@ class ScoreStatistics(NamedTuple):
             process_group: take the statistics over the scores of all ranks of this group. The ranks may have different
                 numbers of scores, including 0. This adds one all-gather of three float64 numbers per rank, and every
                 rank gets bitwise the same statistics.
+            mask: [B] bool. Where it is False, the score is left out.
 
         Returns:
-            `ScoreStatistics` on the device of `scores`, in float32, or in float64 for float64 scores and with a group.
-            For empty scores, all fields are 0.
+            `ScoreStatistics` on the device of `scores`, in float32, or in float64 for float64 scores, with a group and
+            with a mask. For empty scores, all fields are 0.
 
         Raises:
             TypeError: if `scores` is not a floating tensor; if `process_group` is not a group that contains this rank.
-            ValueError: if `scores` is not 1-D.
+            ValueError: if `scores` is not 1-D, or `mask` has another shape or device.
             RuntimeError: if another rank does not take part before the timeout of the group.
 
         Example:
@@ -60,36 +66,40 @@ class ScoreStatistics(NamedTuple):
             >>> ScoreStatistics.of(torch.tensor([1.0, 2.0, 3.0]))
             ScoreStatistics(mean=tensor(2.), std=tensor(1.), count=tensor(3))
         """
-        _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
+        masks = {} if mask is None else {"mask": _checks.bool_tensor("mask", mask)}
+        _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)} | masks)
         scores = scores.detach()
-        if process_group is not None:
-            return cls(*mean_std_count(merge_moments(all_gather_row(moments(scores), process_group))))
+        if process_group is not None or mask is not None:
+            return cls(*mean_std_count(merge_moments(all_gather_row(moments(scores, mask), process_group))))
         n = scores.shape[0]
         count = torch.full((), n, device=scores.device)
         scores = scores.to(_checks.accumulation_dtype(scores))
         if n == 0:
             return cls(scores.sum(), scores.sum(), count)
-        # std_mean runs Welford's recurrence, in which equal scores deviate from their mean by exactly 0. From mean()
-        # they may deviate by its rounding error, which would become a spurious margin.
+        # std_mean runs Welford's recurrence, so that equal scores have a std of exactly 0. With mean(), the rounding
+        # error of the mean would become a spurious std, and with it spurious margins.
         std, mean = torch.std_mean(scores, correction=min(n - 1, 1))  # no correction for one score: 0 instead of NaN
-        # The rounding error of the mean grows with n. The mean of the deviations from it is that error, so adding it
-        # makes sure that a pair whose score equals the mean is recognized as such.
+        # The rounding error of the mean grows with n. The mean of (scores - mean) estimates it. Adding it makes sure
+        # that a pair whose score equals the mean is recognized as such.
         return cls(torch.add(mean, (scores - mean).sum(), alpha=1 / n), std, count)
 
 
 class Estimator(Protocol):
     """A callable `(scores, process_group) -> ScoreStatistics`, which `amapo_loss(..., statistics=)` accepts.
 
-    `ScoreStatistics.of` and `ScoreWindow` are such callables, and so is a function of your own.
+    `ScoreStatistics.of` and `ScoreWindow` are such callables, and so is a function of your own. Pairs that are left out
+    have the score NaN. A window ignores them, and `amapo_loss` passes a mask to `ScoreStatistics.of`. A function of
+    your own has to ignore them itself.
     """
 
     def __call__(self, scores: Tensor, process_group: dist.ProcessGroup | None, /) -> ScoreStatistics:
         """Return the statistics that the margins are made from.
 
         Args:
-            scores: [B] scores of this rank's pairs. They require a gradient if one is wanted for the pairs, so that an
-                estimator with a memory can tell training from evaluation. No gradient flows through the result. A pair
-                that is left out has the score NaN: ignore it.
+            scores: [B] scores of this rank's pairs, NaN for those that are left out. `scores.requires_grad` is True
+                where a gradient is wanted, and False under `no_grad`, which an estimator with a memory can test. No
+                gradient flows through the result: estimators are called under `no_grad`, so that averages of scores do
+                not hold on to autograd graphs.
             process_group: the group that `amapo_loss` was given. Every rank of it must return the same statistics.
         """
 
@@ -110,10 +120,10 @@ class ScoreWindow(nn.Module):
     and saving the state of one rank is enough.
 
     The stored scores are state of the run and not weights. They are in `state_dict`, and `to` moves them to another
-    device, but they are no buffers: `to` does not change their dtype, and DDP does not broadcast them. The window must
-    be on the device of the scores. A state is loaded onto the device that the window is on. The state of a window of
-    another size is accepted, and its newest scores are kept. There is no host-device synchronization, except in
-    `load_state_dict`.
+    device. They are not registered as buffers, so that `to` does not change their dtype and DDP does not broadcast
+    them. The window must be on the device of the scores. A state is loaded onto the device that the window is on. The
+    state of a window of another size is accepted, and its newest scores are kept. There is no host-device
+    synchronization, except in `load_state_dict`.
 
     Args:
         size: number of scores, at least 1.
@@ -136,7 +146,7 @@ class ScoreWindow(nn.Module):
     scores: Tensor
     """[size] float32 ring buffer: score number k, counted from 0, is stored at index k modulo size."""
     seen: Tensor
-    """0-dim int64, the number of scores that were stored since the last reset."""
+    """0-dim int64, the number of scores that were stored since the last reset, or since another size was loaded."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -153,8 +163,7 @@ class ScoreWindow(nn.Module):
         if scores.device != self.scores.device:
             raise ValueError(f"scores is on {scores.device}, expected the device of the window, {self.scores.device}")
         size = len(self.scores)
-        latest = F.pad(scores[-size:].double(), (max(size - len(scores), 0), 0), value=torch.nan)
-        rows = all_gather_row(torch.cat([moments(scores, scores.isfinite()), latest]), process_group)
+        rows = all_gather_row(torch.cat([moments(scores, scores.isfinite()), self._newest(scores)]), process_group)
         batch_moments, latest = rows[:, :3], rows[:, 3:].flatten()
 
         age = (self.seen - 1 - torch.arange(size, device=scores.device)) % size  # 0 is the latest score
@@ -165,16 +174,27 @@ class ScoreWindow(nn.Module):
             self._remember(latest)
         return ScoreStatistics(*mean_std_count(merged))
 
+    def _newest(
+        self,
+        scores: Tensor,  # [B]
+    ) -> Tensor:
+        """Return the newest finite scores in their order [size], behind NaN if there are fewer."""
+        size, finite = len(self.scores), scores.isfinite()
+        age = finite.flip(0).cumsum(0).flip(0) - 1  # 0 for the newest finite score
+        # Other scores are written to a dummy slot at index `size`: boolean indexing would synchronize with the device.
+        index = torch.where(finite & (age < size), size - 1 - age, size)
+        slots = torch.full((size + 1,), torch.nan, dtype=sum_dtype(scores.device), device=scores.device)
+        return slots.scatter(0, index, scores.detach().to(slots.dtype))[:size]
+
     def _remember(
         self,
-        latest: Tensor,  # [ranks * size] float64, NaN where a rank has fewer than `size` scores
+        latest: Tensor,  # [ranks * size], NaN where a rank has fewer than `size` finite scores
     ) -> None:
         size = len(self.scores)
         finite = latest.isfinite()
         order = finite.cumsum(0)  # 1 for the first finite score, 2 for the second, ...
         kept = finite & (order > order[-1] - size)
-        # Dropped scores are written to a dummy slot at index `size`: selecting the others would need their number on
-        # the host.
+        # Dropped scores are written to a dummy slot at index `size`, as in `_newest`.
         index = torch.where(kept, (self.seen + order - 1) % size, size)
         ring = F.pad(self.scores, (0, 1)).scatter(0, index, latest.to(self.scores.dtype))
         self.scores.copy_(ring[:size])
@@ -186,7 +206,7 @@ class ScoreWindow(nn.Module):
         self.seen.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreWindow":
-        """Move to the device that `fn` moves tensors to, as `to`, `cuda` and `cpu` ask; keep the dtypes."""
+        """Apply only the change of device of `fn`, which is from `to`, `cuda` or `cpu`, and not its change of dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.scores.device)).device
         self.scores, self.seen = self.scores.to(device), self.seen.to(device)

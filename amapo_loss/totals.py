@@ -64,14 +64,16 @@ class Totals:
         """Return the totals of no pairs, to start a sum with. They have no device, so that they add to any totals."""
         return cls(torch.empty(0, dtype=torch.float64))
 
+    def __bool__(self) -> bool:
+        """Return False for `Totals.none()` and True for the totals of any call."""
+        return self.values.numel() > 0
+
     def __add__(self, other: "Totals") -> "Totals":
         """Return the totals of both sets of pairs together."""
         if not isinstance(other, Totals):
             return NotImplemented
-        if not self.values.numel():
-            return other
-        if not other.values.numel():
-            return self
+        if not self or not other:
+            return self or other
         return Totals(_merge(torch.stack((self.values, other.values))))
 
     def reduced(self, process_group: dist.ProcessGroup | None) -> "Totals":
@@ -83,7 +85,7 @@ class Totals:
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the scalars to log, under the keys of `Diagnostics.summary`, as 0-dim tensors."""
-        values = self.values if self.values.numel() else _of_no_pairs()
+        values = self.values if self else _of_no_pairs()
         count, mean, m2, correct, *_, nonfinite, left_out, max_margin = values.unbind()
         n, std = count.clamp(min=1), (m2 / (count - 1).clamp(min=1)).sqrt()
         weight_correct, weight_misranked = (values[_WEIGHTS] / values[_COUNTS].clamp(min=1)).unbind()

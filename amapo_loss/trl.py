@@ -70,7 +70,7 @@ class AMaPOConfig(DPOConfig):
         clip: `False` gives every pair a margin.
         sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
         statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
-            those of the micro-batch on all processes and the latest before them. Choose it near the number of pairs per
+            those of the micro-batch on all processes and the newest stored ones. Choose it near the number of pairs per
             optimizer step on all processes. None takes the statistics of each micro-batch on all processes.
 
     Raises:
@@ -124,7 +124,8 @@ class AMaPOTrainer(DPOTrainer):
     """`DPOTrainer` with the AMaPO loss. It takes the arguments of `DPOTrainer`, with an `AMaPOConfig` as `args`.
 
     In training, the statistics are taken over the pairs of all processes. In evaluation, they are those of the whole
-    evaluation set, so that `eval_loss` depends neither on the batch size nor on the number of processes.
+    evaluation set, so that this loss depends neither on the batch size nor on the number of processes. (The SFT loss of
+    `sft_weight` is averaged over the batches, as in TRL.)
 
     The trainer logs what `DPOTrainer` logs, with the rewards of this loss, and in addition the values of
     `Diagnostics.summary` that start with `amapo/`. They are those of all pairs since the last log, or of the whole
@@ -156,18 +157,18 @@ class AMaPOTrainer(DPOTrainer):
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, but reference_free is True: pass AMaPOConfig(reference_free=False)")
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
-        self._refuse_tensor_parallelism()
+        self._require_data_parallelism()
         self._warn()
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
-        # TRL's own loss still runs, because it computes the metrics: as SFT loss if sft_weight is above 0, else as DPO
-        # loss with weight 0.
+        # TRL's own loss always runs, because it fills the metrics. With sft_weight > 0 it is the SFT loss. Otherwise it
+        # is the DPO loss times 0.
         self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]
         self.loss_weights = [args.sft_weight]
         self._totals = Totals.none()  # of the pairs of this process since the last log
         self._evaluated: list[Tensor] | None = None  # the log-probs of an evaluation so far, [B, 6] per batch
 
-    def _refuse_tensor_parallelism(self) -> None:
+    def _require_data_parallelism(self) -> None:
         """Raise if several processes have the same pairs, which the statistics would count more than once."""
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         for name in ("tp_size", "cp_size", "sp_size"):
@@ -241,7 +242,7 @@ class AMaPOTrainer(DPOTrainer):
         token_logps: Tensor,  # [2B, T], the chosen responses first
         inputs: dict[str, Any],
     ) -> Tensor:
-        """Return the loss, and log its summary in place of DPO's."""
+        """Return the loss of a batch and keep its totals; in an evaluation, return 0 and keep its log-probs."""
         counted = inputs["completion_mask"][:, 1:]
         # Tokens that do not count have log-prob 0. Prompt-learning PEFT puts virtual tokens in front; cut these off.
         chosen_logps, rejected_logps = token_logps[:, -counted.shape[1] :].sum(1).chunk(2)
@@ -250,7 +251,8 @@ class AMaPOTrainer(DPOTrainer):
             ref_logps = [inputs[name].to(token_logps.device) for name in ("ref_chosen_logps", "ref_rejected_logps")]
         pairs = [chosen_logps, rejected_logps, *ref_logps, *counted.sum(1).chunk(2)]
         if self._evaluated is not None:
-            columns = [torch.zeros_like(chosen_logps) if x is None else x.to(chosen_logps.dtype) for x in pairs]
+            dtype = torch.promote_types(chosen_logps.dtype, torch.float32)  # bfloat16 would round lengths above 256
+            columns = [torch.zeros_like(chosen_logps, dtype=dtype) if x is None else x.to(dtype) for x in pairs]
             self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack(columns, dim=1)))
             return chosen_logps.new_zeros(())  # `evaluation_loop` adds the loss of the whole evaluation set
         training = self.model.training
@@ -294,9 +296,12 @@ class AMaPOTrainer(DPOTrainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **options)
-            chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(self._evaluated).unbind(1)
+            evaluated = self._evaluated
         finally:
             self._evaluated = None
+        if not evaluated:
+            return output
+        chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(evaluated).unbind(1)
         ref_chosen, ref_rejected = (None, None) if self.args.reference_free else references
         loss, diagnostics = self._loss_of(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
@@ -305,7 +310,7 @@ class AMaPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
-        if self.model.training and self._totals.values.numel():
+        if self.model.training and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             self._replace_metrics("train", self._totals.reduced(group))
             self._totals = Totals.none()

@@ -3,8 +3,8 @@
 Each kernel reads the tile once. The mathematics, the symbols and the order of the arguments are those of
 `amapo_loss.logps._online_lse`. One program processes one row. Depends only on torch and Triton.
 
-A tile is [n, v], or [n / m, m, v] with any strides. Row r of the latter has the index (r // m, r % m), `z_outer_stride`
-and `z_inner_stride` are the strides over these two, and `z_column_stride` is the stride over columns.
+A tile is [n, v], or [n / inner, inner, v] with any strides. Row r of the latter has the index (r // inner, r % inner).
+`z_outer_stride` and `z_inner_stride` are the strides over these two, and `z_column_stride` is the stride over columns.
 """
 
 import torch
@@ -42,7 +42,7 @@ def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
 
 @triton.jit
 def _update_kernel(
-    z_ptr,  # [n / m, m, v]
+    z_ptr,  # [n / inner, inner, v]
     z_outer_stride,
     z_inner_stride,
     z_column_stride,
@@ -55,14 +55,14 @@ def _update_kernel(
     num_columns,
     scale,
     softcap,
-    m,
+    inner,
     BLOCK: tl.constexpr,
 ):
     """Add a tile to the state of its rows."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ids_ptr + row)
     if y >= 0:
-        z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
+        z_ptr += row // inner * z_outer_stride + row % inner * z_inner_stride
         target_column = y - first_column
         target_logit = tl.zeros((), tl.float32)
         max_rest = tl.load(max_rest_ptr + row)  # finite from the start, because -inf - -inf would be NaN below
@@ -83,10 +83,10 @@ def _update_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    out_ptr,  # [n / m, m, v], may be the memory of z with elements of the same size or smaller
+    out_ptr,  # [n / inner, inner, v], may be the memory of z with elements of the same size or smaller
     out_outer_stride,
     out_inner_stride,
-    z_ptr,  # [n / m, m, v]
+    z_ptr,  # [n / inner, inner, v]
     z_outer_stride,
     z_inner_stride,
     z_column_stride,
@@ -99,14 +99,14 @@ def _gradient_kernel(
     softcap,
     a_ptr,  # [n]
     b_ptr,  # [n]
-    m,
+    inner,
     Z_IS_EXP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the gradient of a tile: -a exp(z_j - m) times the slope of the softcap for j != y, and b for j = y."""
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row // m * z_outer_stride + row % m * z_inner_stride
-    out_ptr += row // m * out_outer_stride + row % m * out_inner_stride
+    z_ptr += row // inner * z_outer_stride + row % inner * z_inner_stride
+    out_ptr += row // inner * out_outer_stride + row % inner * out_inner_stride
     y = tl.load(target_ids_ptr + row)
     max_rest = tl.load(max_rest_ptr + row)
     a = tl.load(a_ptr + row)
@@ -125,7 +125,7 @@ def _gradient_kernel(
             if softcap is not None:
                 exp_logits *= 1 - (z / softcap) * (z / softcap)
         out = tl.where(is_counted, tl.where(j == target_column, b, -a * exp_logits), 0.0)
-        # `out` may be the memory of z. Its elements are then stored where another thread may not have loaded yet.
+        # `out` may be the memory of z, with smaller elements: a store hits what another thread has yet to load.
         tl.debug_barrier()
         tl.store(out_ptr + j, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -135,14 +135,14 @@ def update(
     target_logit: Tensor,  # [n]
     max_rest: Tensor,  # [n]
     sum_rest: Tensor,  # [n]
-    z: Tensor,  # [n, v] or [n / m, m, v], any strides
+    z: Tensor,  # [n, v] or [n / inner, inner, v], any strides
     first_column: int,
     bias: Tensor | None,  # [v]
     scale: float,
     softcap: float | None,
 ) -> None:
     """Add a tile of matrix products to the state of its rows, in place."""
-    num_columns, m, z_strides = _layout(z)
+    num_columns, inner, z_strides = _layout(z)
     if target_ids.numel():
         with torch.cuda.device_of(z):
             _update_kernel[(len(target_ids),)](
@@ -157,7 +157,7 @@ def update(
                 num_columns,
                 scale,
                 softcap,
-                m,
+                inner,
                 BLOCK=_block(num_columns),
                 num_warps=8,
                 enable_fp_fusion=True,
@@ -166,7 +166,7 @@ def update(
 
 def write_gradient(
     out: Tensor,  # shape of z, adjacent columns
-    z: Tensor,  # [n, v] or [n / m, m, v], any strides
+    z: Tensor,  # [n, v] or [n / inner, inner, v], any strides
     target_ids: Tensor,  # [n]
     target_logit: Tensor,  # [n], unused, so that callers can pass their whole state
     max_rest: Tensor,  # [n]
@@ -180,7 +180,7 @@ def write_gradient(
     z_is_exp: bool,
 ) -> None:
     """Write the gradient with respect to a tile of matrix products to `out`."""
-    num_columns, m, z_strides = _layout(z)
+    num_columns, inner, z_strides = _layout(z)
     _, _, (out_outer_stride, out_inner_stride, _) = _layout(out)
     if target_ids.numel():
         with torch.cuda.device_of(z):
@@ -199,7 +199,7 @@ def write_gradient(
                 softcap,
                 a,
                 b,
-                m,
+                inner,
                 Z_IS_EXP=z_is_exp,
                 BLOCK=_block(num_columns),
                 num_warps=8,
@@ -208,7 +208,7 @@ def write_gradient(
 
 
 def _layout(z: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """Return (v, m, strides) of a tile as [n / m, m, v]; a tile [n, v] has m = 1."""
+    """Return (v, inner, strides) of a tile as [n / inner, inner, v]; a tile [n, v] has inner = 1."""
     z = z if z.ndim == 3 else z.unsqueeze(1)
     return z.shape[2], z.shape[1], z.stride()
 

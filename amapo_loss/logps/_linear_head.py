@@ -4,8 +4,8 @@ There are two algorithms, depending on which gradients are wanted. Their cost is
 n x V x H, which are all tiles together.
 
 - A *frozen* head (LoRA on the body, for example) processes tiles of some tokens and the whole vocabulary. Forward
-  computes the direction of the gradient of the tile's hidden states as well, and backward only scales it. This costs 2
-  products.
+  also computes the direction of the gradient with respect to the tile's hidden states, and backward only scales it.
+  This costs 2 products.
 - A *trainable* head processes tiles of all tokens and a block of the vocabulary, in forward and again in backward. Each
   block of the weight's gradient is then the product of a single tile, and is rounded once. This costs 4 products, or 3
   for the tiles that forward may cache. A frozen head whose weight has to be converted also takes this algorithm,
@@ -56,6 +56,7 @@ def linear_logps(
     if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
         target_logit, max_rest, sum_rest, *_ = _head_statistics(*arguments, 0)
         return _online_lse.token_logps(target_logit, max_rest, sum_rest)
+    # The weight is used as it is only if it has the dtype of the products, and this device multiplies in that dtype.
     needs_conversion = weight.dtype != gemm_dtype or _to_gemm_dtype(hidden[:0], gemm_dtype).dtype != gemm_dtype
     if trainable or needs_conversion:
         outputs = _TrainableHead.apply(*arguments, keep_bytes)
@@ -87,11 +88,11 @@ def _frozen_head(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probs [n], and factors [n] and directions [n, H], whose products are their gradients.
+    """Return the log-probs [n], factors [n] and directions [n, H].
 
-    They are the gradients with respect to the hidden states. The factor is proportional to 1 - p_y. If it were
-    multiplied into the direction here, confident tokens would underflow in float16, before backward gets the loss
-    scale. The direction itself is a difference of rows of the weight and about as large as they are.
+    The gradient of a log-prob with respect to its hidden state is factor * direction. The factor is proportional to
+    1 - p_y. In float16, the product would underflow for tokens with p_y near 1, because the loss scale comes only with
+    backward. The direction is a difference of rows of the weight, and about as large as they are.
     """
     _online_lse.check_target_ids(target_ids, len(weight))
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)

@@ -12,9 +12,9 @@ from 1 would lose them. The maximum and the sum stay apart, because the log-sum-
 digits of m: logits near 10,000 would have log-probs with an error of 5e-4. On a GPU, `amapo_loss.kernels.online_lse`
 does the same in one pass over a tile. Depends only on torch and the kernels.
 
-A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. Callers make it of matrix products and
-pass it through `transform_unless_triton`. After that it holds logits, or still the products where Triton processes it,
-because its kernels apply the transform themselves. The functions that take a tile may overwrite it.
+A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. Callers fill it with matrix products and
+pass it through `transform_unless_triton`, which turns the products into logits. Where Triton processes the tile, that
+does nothing, because the kernels apply the transform themselves. The functions that take a tile may overwrite it.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from amapo_loss import kernels
 
-# Elements in a tile: enough for fast matrix products, and little beside what a model holds.
+# Elements in a tile: enough for fast matrix products, and little memory beside a model and its optimizer.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-BLOCK_MULTIPLE = 128  # a block that is not the whole has a multiple of this length, which matrix units are fastest at
+BLOCK_MULTIPLE = 128  # the length of a block is a multiple of this, which suits matrix units, unless one block is all
 CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
 
 
@@ -176,7 +176,7 @@ def write_gradient(
     """Write the gradient with respect to a tile of matrix products, see `gradient_coefficients`.
 
     With the coefficients (-1, 0) the result is exp(z_j - m) slope_j, from which every gradient of the row follows by
-    scaling. With `z_is_exp`, z holds that already.
+    scaling. With `z_is_exp`, z already holds exp(z_j - m) slope_j.
     """
     if uses_triton(z):
         from amapo_loss.kernels import online_lse

@@ -85,9 +85,10 @@ class LearnedEstimator(nn.Module):
         self.register_buffer("state", torch.zeros(1, hidden_size))
         self.prediction: tuple[Tensor, Tensor] | None = None  # mean and log standard deviation, with their graph
 
-    @torch.enable_grad()  # without it, learning would fail where the caller has disabled gradients
+    @torch.enable_grad()  # the loss calls estimators under no_grad
     def forward(self, scores: Tensor, _: Any) -> ScoreStatistics:
         """Learn from the scores [B], then return the predicted statistics, detached."""
+        scores = scores.detach()
         if self.prediction is not None:
             mean, log_std = self.prediction
             loss = (log_std + 0.5 * ((scores - mean) / log_std.exp()).square()).mean()

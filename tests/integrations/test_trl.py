@@ -255,7 +255,7 @@ def test_the_trainer_refuses_tensor_parallelism(tmp_path: Path) -> None:
     assert hasattr(trainer.accelerator, "parallelism_config")
     trainer.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
     with pytest.raises(ValueError, match="got tp_size=2: use data parallelism only"):
-        trainer._refuse_tensor_parallelism()
+        trainer._require_data_parallelism()
 
 
 def test_a_window_of_another_size_resumes(tmp_path: Path) -> None:

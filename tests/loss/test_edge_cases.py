@@ -309,6 +309,15 @@ def test_no_weight_of_false_changes_nothing(loss_fn: OnBackend) -> None:
 
 
 @every_backend
+def test_the_statistics_of_a_batch_as_an_estimator_leave_pairs_out(loss_fn: OnBackend) -> None:
+    inputs, weights = random_logps(6), torch.tensor([True, False, True, True, False, True])
+    loss = loss_fn(*inputs, weights=weights, statistics=ScoreStatistics.of).loss
+    torch.testing.assert_close(loss, loss_fn(*inputs, weights=weights).loss)
+    scores = torch.tensor([1.0, torch.nan, 3.0])
+    assert list(ScoreStatistics.of(scores, mask=scores.isfinite())) == [2.0, pytest.approx(2**0.5), 2]
+
+
+@every_backend
 def test_estimators_see_nan_for_pairs_that_are_left_out(loss_fn: OnBackend) -> None:
     """A window ignores them, and the loss stays finite."""
     inputs, weights, seen = random_logps(6), torch.tensor([True, False, True, True, False, True]), []
@@ -325,6 +334,20 @@ def test_estimators_see_nan_for_pairs_that_are_left_out(loss_fn: OnBackend) -> N
     expected = loss_fn(*(x[weights] for x in inputs))
     torch.testing.assert_close(loss, expected.loss)
     torch.testing.assert_close(diagnostics.statistics.mean.float(), expected.diagnostics.statistics.mean.float())
+
+
+@every_backend
+def test_an_estimator_that_averages_scores_holds_no_graph(loss_fn: OnBackend) -> None:
+    averages: list[torch.Tensor] = []
+
+    def running_average(scores: torch.Tensor, _: Any) -> ScoreStatistics:
+        assert scores.requires_grad
+        averages.append(scores.mean() + (averages[-1] if averages else 0))
+        return ScoreStatistics(averages[-1] / len(averages), scores.std(), torch.tensor(len(scores)))
+
+    for _ in range(2):
+        loss_fn(*random_logps(6), statistics=running_average).loss.backward()
+    assert not averages[-1].requires_grad
 
 
 def test_supplied_statistics_may_have_another_dtype() -> None:

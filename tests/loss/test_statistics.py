@@ -103,8 +103,7 @@ def test_a_window_holds_the_latest_scores(size: int, batch_sizes: list[int], nan
         if len(expected):
             assert mean.item() == pytest.approx(expected.mean(), rel=1e-12, abs=1e-12)
             assert std.item() == pytest.approx(expected.std(ddof=1) if len(expected) > 1 else 0, rel=1e-9, abs=1e-12)
-        latest = scores[-size:]
-        remembered = np.concatenate([remembered, latest[np.isfinite(latest)]])
+        remembered = np.concatenate([remembered, finite])
     state = window.scores[: int(window.seen.clamp(max=size))]
     assert sorted(state.tolist()) == sorted(remembered[-size:].tolist())
     window.reset()

@@ -101,11 +101,13 @@ def test_the_trainer_recipe_logs_evaluation_under_names_of_its_own(tmp_path: Pat
     code = example_containing("class PreferenceTrainer", "recipes.md")
     for original, replacement in REPLACEMENTS.items():
         code = code.replace(original, replacement)
+    code = code.replace("PreferenceTrainer(model", "trainer = PreferenceTrainer(model").replace(").train()", ")")
     names = names_of_the_reader(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code, names)
         trainer = names["trainer"]
+        trainer.train()
         trainer.evaluate(list(range(3)))
     trained, evaluated = trainer.state.log_history[0], trainer.state.log_history[-1]
     assert "rewards/accuracies" in trained
