@@ -110,7 +110,7 @@ class AMaPOLoss(nn.Module):
         memo[id(self.process_group)] = self.process_group
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone.__dict__.update(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class AMaPOLoss(nn.Module):
             raise TypeError(
                 "AMaPOLoss with a process_group cannot be pickled: save its state_dict(), or set process_group to None"
             )
-        return self.__dict__.copy()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state
 
     def extra_repr(self) -> str:
         """Return beta, label smoothing and margin, for `print(module)`."""

@@ -79,9 +79,18 @@ class Totals:
     def reduced(self, process_group: dist.ProcessGroup | None) -> "Totals":
         """Return the totals over all ranks of a group, with one all-gather of 17 numbers per rank.
 
-        Every rank must call this, and not with `Totals.none()`. Without a group, nothing changes.
+        Every rank must call this. Without a group, nothing changes.
+
+        Raises:
+            ValueError: for `Totals.none()` with a group, because they have no device. A rank without pairs can add the
+                totals of a call with 0 pairs.
+            RuntimeError: if another rank does not take part before the timeout of the group.
         """
-        return self if process_group is None else Totals(_merge(all_gather_row(self.values, process_group)))
+        if process_group is None:
+            return self
+        if not self:
+            raise ValueError("Totals.none() has no device to gather on: add the totals of a loss call first")
+        return Totals(_merge(all_gather_row(self.values, process_group)))
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the scalars to log, under the keys of `Diagnostics.summary`, as 0-dim tensors."""

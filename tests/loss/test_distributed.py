@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, ScoreWindow, Totals, amapo_loss
 from tests.support.generators import random_logps
 from tests.support.ranks import on_ranks
 
@@ -251,6 +251,8 @@ def reduce_totals(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
     pairs, weights = pairs_of_all_ranks(12), torch.arange(12) % 4 > 0
     share = slice(0, 5) if rank == 0 else slice(5, 12)
     _, diagnostics = amapo_loss(*(x[share] for x in pairs), weights=weights[share], process_group=group)
+    with pytest.raises(ValueError, match="has no device to gather on"):
+        Totals.none().reduced(group)
     return diagnostics.totals().reduced(group).summary()
 
 

@@ -1,6 +1,8 @@
 """The module `AMaPOLoss`, called as OpenRLHF and torchtune call their DPO losses."""
 
+import copy
 import inspect
+import io
 
 import torch
 
@@ -80,3 +82,13 @@ def test_shows_its_options_and_has_no_state() -> None:
     loss_fn = AMaPOLoss(beta=3.0)
     assert "beta=3.0" in repr(loss_fn)
     assert not loss_fn.state_dict()
+
+
+def test_a_compiled_module_can_be_copied_and_saved() -> None:
+    """`module.compile()` keeps a compiled function in the module, which nn.Module leaves out of both."""
+    loss_fn = AMaPOLoss()
+    loss_fn.compile(backend="eager")
+    expected, *_ = loss_fn(*random_logps(4))
+    loss, *_ = copy.deepcopy(loss_fn)(*random_logps(4))
+    assert torch.equal(loss, expected)
+    torch.save(loss_fn, io.BytesIO())
