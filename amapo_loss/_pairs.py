@@ -81,5 +81,6 @@ class Pairs(NamedTuple):
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
         """Return the pairs with a function applied to the log-probs and the lengths."""
         chosen, rejected, *optional = self[:6]
-        mapped = (x if x is None else function(x) for x in optional)
-        return Pairs(function(chosen), function(rejected), *mapped)._replace(weights=self.weights)
+        rest = [x if x is None else function(x) for x in optional] + [self.weights]
+        # Not `_replace`: torch.compile of torch 2.11 cannot store its result in a module.
+        return Pairs(function(chosen), function(rejected), *rest)
