@@ -296,12 +296,9 @@ class AMaPOTrainer(DPOTrainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **options)
-            evaluated = self._evaluated
+            chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(self._evaluated).unbind(1)
         finally:
             self._evaluated = None
-        if not evaluated:
-            return output
-        chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(evaluated).unbind(1)
         ref_chosen, ref_rejected = (None, None) if self.args.reference_free else references
         loss, diagnostics = self._loss_of(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
