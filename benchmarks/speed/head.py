@@ -404,7 +404,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                     zorder=3,
                     label=row["variant"],
                 )
-        axis.set(xscale="log", ylim=(0, None), title=f"{case}, vocabulary of {CASES[case].vocab_size:,}:\n{head} head")
+        axis.set(xscale="log", ylim=(0, None), title=f"{head} head,\nvocabulary of {CASES[case].vocab_size:,}")
         axis.set(xlabel="peak memory beyond\ninputs and gradients [MB]", ylabel="forward + backward [ms]")
         axis.grid(alpha=0.3)
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
