@@ -30,6 +30,13 @@ def real_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def weight_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a bool, integer or floating-point tensor, else raise TypeError."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise TypeError(f"{name} must be a bool, integer or floating tensor, got {_describe(value)}")
+    return value
+
+
 def bool_tensor(name: str, value: object) -> Tensor:
     """Return `value` if it is a bool tensor, else raise TypeError."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
@@ -71,11 +78,12 @@ def _is_dtensor(value: Tensor) -> bool:
     return hasattr(value, "full_tensor")  # importing the class DTensor takes as long as importing this whole package
 
 
-def scalar_tensor(name: str, value: object, device: torch.device) -> None:
-    """Raise unless `value` is a 0-dim floating-point tensor on `device`."""
+def scalar_tensor(name: str, value: object, device: torch.device) -> Tensor:
+    """Return `value` if it is a 0-dim floating-point tensor on `device`, else raise."""
     tensor = floating_tensor(name, value)
     if tensor.ndim or tensor.device != device:
         raise ValueError(f"{name} must be 0-dim on {device}, got shape {tuple(tensor.shape)} on {tensor.device}")
+    return tensor
 
 
 def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:

@@ -35,6 +35,17 @@ def moments(
     return torch.stack((n, mean, deviations.square().sum()))
 
 
+def weighted_moments(
+    scores: Tensor,  # [B]
+    mask: Tensor | None,  # [B] bool
+    weights: Tensor | None,  # [B], 0 where `mask` is False
+) -> Tensor:
+    """Return the moments and the sum of the weights (count, mean, M2, sum) [4]. Without weights, each weight is 1."""
+    row = moments(scores, mask)
+    total = row[:1] if weights is None else weights.sum(0, keepdim=True, dtype=row.dtype)
+    return torch.cat((row, total))
+
+
 def all_gather_row(
     row: Tensor,  # [k]
     process_group: dist.ProcessGroup | None,

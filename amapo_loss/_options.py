@@ -1,10 +1,12 @@
 """The options of a loss as one frozen value, which travels from the public function to the backends.
 
-Depends on the argument checks, the margin, the statistics, and `kernels.unavailable_reason`.
+Depends on torch, the argument checks, the margin, the statistics, and `kernels.unavailable_reason`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from amapo_loss import _checks, kernels
@@ -12,32 +14,37 @@ from amapo_loss._checks import Backend, Reduction
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import Estimator, ScoreStatistics
 
-
-class ConstantMargin(NamedTuple):
-    """The margin of SimPO, and with gamma = 0 that of DPO: the same number for every pair, in score units."""
-
-    gamma: float
+MarginFunction = Callable[[Tensor, ScoreStatistics], Tensor]  # (scores [B], statistics) -> margins [B]
+Margin = AdaptiveMargin | float | Tensor | MarginFunction
 
 
 class LossOptions(NamedTuple):
-    """The arguments of `amapo_loss` that are not tensors, in its order. See there for their meaning."""
+    """The arguments of `amapo_loss` that are not pairs, in its order. See there for their meaning."""
 
-    beta: float
+    beta: float | Tensor
     label_smoothing: float
-    margin: AdaptiveMargin | ConstantMargin
-    statistics: ScoreStatistics | Estimator | None = None
-    process_group: ProcessGroup | None = None
-    reduction: Reduction = "mean"
-    backend: Backend = "torch"  # the only backend with a ConstantMargin
+    margin: Margin
+    statistics: ScoreStatistics | Estimator | None
+    process_group: ProcessGroup | None
+    reduction: Reduction
+    backend: Backend
 
     def checked(self) -> "LossOptions":
         """Return the options unchanged, or raise for the first invalid one. These checks need no batch."""
-        _checks.number("beta", self.beta, above=0)
+        if isinstance(self.beta, Tensor):
+            _checks.scalar_tensor("beta", self.beta, self.beta.device)
+        else:
+            _checks.number("beta", self.beta, above=0)
         _checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
-        if isinstance(self.margin, ConstantMargin):
-            _checks.number("gamma", self.margin.gamma)
-        elif not isinstance(self.margin, AdaptiveMargin):
-            raise TypeError(f"margin must be an AdaptiveMargin, got {type(self.margin).__name__}")
+        if isinstance(self.margin, (int, float)):
+            _checks.number("margin", self.margin)
+        elif isinstance(self.margin, Tensor):
+            _checks.real_tensor("margin", self.margin)
+        elif not (isinstance(self.margin, AdaptiveMargin) or callable(self.margin)):
+            raise TypeError(
+                "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a callable, "
+                f"got {type(self.margin).__name__}"
+            )
         if not (self.statistics is None or callable(self.statistics) or isinstance(self.statistics, ScoreStatistics)):
             raise TypeError(
                 f"statistics must be ScoreStatistics or a callable estimator, got {type(self.statistics).__name__}"

@@ -3,8 +3,8 @@ r"""The mathematics of AMaPO in plain PyTorch, in the order and with the symbols
     d = log-ratio difference    r = beta * d    h = margin    L = (1 - eps) softplus(h - r) + eps softplus(r - h)
 
 Every other backend is tested against this file. It depends only on torch, `Pairs` and `AdaptiveMargin`. Its inputs are
-already checked, without pairs that are left out, and of one floating dtype except for mu. Tensors are [B] unless their
-comment says otherwise.
+already checked, prepared by `Pairs.prepared`, and of one floating dtype except for mu. Tensors are [B] unless their
+comment says otherwise. Where beta is a tensor, it is 0-dim.
 """
 
 import math
@@ -20,7 +20,7 @@ from amapo_loss.margin import AdaptiveMargin
 MAX_EXPONENT = 60.0
 
 
-def log_ratio_differences(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
+def log_ratio_differences(pairs: Pairs, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-ratio differences d [B] with their graph, and the detached rewards [3, B].
 
     The rows of the rewards are the scores r = beta * d, the chosen rewards and the rejected rewards. A reward is beta
@@ -41,7 +41,7 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -
 def input_scale(
     pairs: Pairs,
     rewards: Tensor,  # [3, B]
-    beta: float,
+    beta: float | Tensor,
 ) -> Tensor:
     """Return beta times the largest absolute value (0-dim) among the terms that the scores are computed from.
 
@@ -66,7 +66,7 @@ def adaptive_margins(
     mu: Tensor,  # 0-dim, may be float64
     sigma: Tensor,  # 0-dim
     input_scale: Tensor,  # 0-dim
-    beta: float,
+    beta: float | Tensor,
     margin: AdaptiveMargin,
 ) -> Tensor:
     """Return the margins h [B] of pairs with scores r in a batch with mean mu and standard deviation sigma."""
@@ -93,17 +93,22 @@ def adaptive_margins(
         h = beta * exponent.clamp_max(MAX_EXPONENT).exp()
     if margin.clip:
         gate = gamma if margin.formula == "paper" else z
-        return h.masked_fill(gate <= 0, 0)  # a NaN is not <= 0 and is kept
+        return h.masked_fill(gate <= 0, margin.floor)  # a NaN is not <= 0 and is kept
     return h * sigma.isfinite()
 
 
-def pair_losses(d: Tensor, h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+def given_margins(r: Tensor, margins: Tensor | float) -> Tensor:
+    """Return the given margins h [B], or the same one for every pair: NaN where the score is NaN or infinite."""
+    return margins + 0 * r
+
+
+def pair_losses(d: Tensor, h: Tensor, beta: float | Tensor, label_smoothing: float) -> Tensor:
     """Return the losses L [B], differentiable in d.
 
     With the shortfall s = h - r, the identity softplus(-s) = softplus(s) - s turns L into softplus(s) - eps * s. This
     form keeps its relative precision for pairs whose score is far above their margin, where s is far below 0.
     """
-    shortfall = torch.add(h, d, alpha=-beta)  # h - r in one operation; unlike the detached r, d has a graph
+    shortfall = h - beta * d  # h - r; unlike the detached r, d has a graph
     losses = F.softplus(shortfall, threshold=40.0)  # the error of the default threshold, 20, is visible in float64
     return losses - label_smoothing * shortfall if label_smoothing else losses
 

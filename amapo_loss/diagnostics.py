@@ -1,6 +1,6 @@
 """`Diagnostics`: what a loss call found out about its pairs, and the scalars that a trainer logs.
 
-Depends only on torch, the reference mathematics, the dtype of sums, `Pairs`, `ScoreStatistics` and `Totals`.
+Depends only on torch, the reference mathematics, the moments, `Pairs`, `ScoreStatistics` and `Totals`.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amapo_loss import _reference
-from amapo_loss._moments import sum_dtype
+from amapo_loss._moments import weighted_moments
 from amapo_loss._pairs import Pairs
 from amapo_loss.statistics import ScoreStatistics
 from amapo_loss.totals import Totals
@@ -25,17 +25,17 @@ class Diagnostics(NamedTuple):
         pairs: the tensors that the loss was given.
         margins: [B] the margins $h_i$.
         statistics: the mean and the standard deviation that the margins were made from, in score units.
-        beta: the scale of the ranking score.
+        beta: the scale of the ranking score, a 0-dim tensor if the loss was given one.
         label_smoothing: the label smoothing $\epsilon$.
         rewards: [3, B] scores, chosen rewards and rejected rewards from the torch backend, None from Triton.
-        total_values: [17] the values of `totals` from the Triton backend, None from torch.
+        total_values: [19] the values of `totals` from the Triton backend, None from torch.
 
     """
 
     pairs: Pairs
     margins: Tensor
     statistics: ScoreStatistics
-    beta: float
+    beta: float | Tensor
     label_smoothing: float
     rewards: Tensor | None = None
     total_values: Tensor | None = None
@@ -57,21 +57,21 @@ class Diagnostics(NamedTuple):
 
     @property
     def gradient_weights(self) -> Tensor:
-        r"""[B] $w_i = -\partial L_i / \partial r_i$, the gradient of the pair's loss, negated, before the reduction."""
-        weights = _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
-        counted = self.pairs.counted()
-        return weights if counted is None else weights.masked_fill(~counted, 0)
+        r"""[B] $w_i = -\partial (a_i L_i) / \partial r_i$, with the weight $a_i$ of the pair, before the reduction."""
+        gradient_weights = _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
+        weights = self.pairs.prepared().weights
+        return gradient_weights if weights is None else weights * gradient_weights
 
     def _rewards(self) -> Tensor:
         if self.rewards is not None:
             return self.rewards
-        pairs = self.pairs.neutralized().to_accumulation_dtype()
-        return _reference.log_ratio_differences(pairs, self.beta)[1]
+        return _reference.log_ratio_differences(self.pairs.prepared(), self.beta)[1]
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """Return 16 scalars to log. The keys are TRL's where TRL logs the same value.
 
-        Means and shares are taken over the pairs of this call on this rank. A mean over no pairs is 0.
+        The summary is that of the pairs of this call on this rank. With `weights`, means and shares are weighted by
+        them, except the mean and the standard deviation of the scores. A mean over no pairs is 0.
 
         Args:
             prefix: string to put in front of every key, for example `"eval_"`.
@@ -83,14 +83,14 @@ class Diagnostics(NamedTuple):
             - `rewards/accuracies`: share of pairs with r > 0.
             - `rewards/margins`: mean score r. This is TRL's name; it has nothing to do with the margin h.
             - `logps/chosen`, `logps/rejected`: mean log-probs as they were passed, so sums where they are sums.
-            - `amapo/score_mean`, `amapo/score_std`: mean and standard deviation of the scores r. The former equals
-              `rewards/margins`. The statistics that the margins were made from are in `statistics`.
+            - `amapo/score_mean`, `amapo/score_std`: mean and standard deviation of the scores r, never weighted. The
+              statistics that the margins were made from are in `statistics`.
             - `amapo/margin_mean`, `amapo/margin_max`: mean and maximum of the margins h.
             - `amapo/margin_active`: share of pairs with h > 0.
             - `amapo/margin_accuracies`: share of pairs with r above `statistics.mean`. The authors use this metric.
-            - `amapo/gradient_weight_correct`: mean gradient weight of the pairs with r > 0.
-            - `amapo/gradient_weight_misranked`: mean gradient weight of the pairs with r <= 0.
-            - `amapo/nonfinite`: number of pairs whose score is NaN or infinite.
+            - `amapo/gradient_weight_correct`: mean of sigmoid(h - r) - eps over the pairs with r > 0.
+            - `amapo/gradient_weight_misranked`: the same over the pairs with r <= 0.
+            - `amapo/nonfinite`: number of pairs whose score or weight is NaN or infinite.
             - `amapo/left_out`: number of pairs that are left out. No other value includes them.
 
         Example:
@@ -116,35 +116,31 @@ class Diagnostics(NamedTuple):
         """
         if self.total_values is not None:
             return Totals(self.total_values)
+        pairs, counted = self.pairs.prepared(), self.pairs.counted()
         scores, chosen_rewards, rejected_rewards = self._rewards()
-        n, dtype, counted = scores.shape[0], sum_dtype(scores.device), self.pairs.counted()
-        weights, correct, misranked = self.gradient_weights, scores > 0, scores <= 0
+        n, correct, misranked = len(scores), scores > 0, scores <= 0
+        gradient_weights = _reference.gradient_weights(scores, self.margins, self.label_smoothing)
         columns = (
             scores,
             correct,
             misranked,
-            torch.where(correct, weights, 0),
-            torch.where(misranked, weights, 0),
+            torch.where(correct, gradient_weights, 0),
+            torch.where(misranked, gradient_weights, 0),
             chosen_rewards,
             rejected_rewards,
-            self.pairs.chosen_logps,
-            self.pairs.rejected_logps,
+            pairs.chosen_logps,
+            pairs.rejected_logps,
             self.margins,
             self.margins > 0,
             scores > self.statistics.mean,
-            ~scores.isfinite(),
         )
-        stacked, margins = torch.stack([column.to(scores.dtype) for column in columns]), self.margins
-        if counted is not None:
-            left_out = ~counted
-            stacked, margins = stacked.masked_fill(left_out, 0), margins.masked_fill(left_out, -torch.inf)
-        sums = stacked.sum(1).to(dtype)
-        own_count = sums.new_full((1,), n) if counted is None else counted.sum(0, keepdim=True, dtype=dtype)
-        mean = sums[:1] / own_count.clamp(min=1)
-        deviations = scores.to(dtype) - mean
-        if counted is not None:
-            deviations = deviations.masked_fill(left_out, 0)
-        max_margin = margins.amax(0, keepdim=True) if n else torch.full_like(sums[:1], -torch.inf)
+        stacked = torch.stack([column.to(scores.dtype) for column in columns])
+        nonfinite, margins = ~scores.isfinite(), self.margins
+        if counted is not None and pairs.weights is not None:
+            stacked = stacked * pairs.weights
+            nonfinite, margins = ~(scores * pairs.weights).isfinite(), margins.masked_fill(~counted, -torch.inf)
+        own_moments = weighted_moments(scores, counted, pairs.weights)
+        max_margin = margins.amax(0, keepdim=True) if n else own_moments.new_full((1,), -torch.inf)
         # In the order of the entries of `Totals`.
-        m2 = deviations.square().sum(0, keepdim=True)
-        return Totals(torch.cat((own_count, mean, m2, sums[1:], n - own_count, max_margin.to(dtype))))
+        parts = (own_moments, stacked.sum(1), nonfinite.sum(0, keepdim=True), n - own_moments[:1], max_margin)
+        return Totals(torch.cat([part.to(own_moments.dtype) for part in parts]))

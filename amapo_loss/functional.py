@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 
 from amapo_loss import _checks, _reference, kernels
 from amapo_loss._checks import Backend, Reduction
-from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments
-from amapo_loss._options import ConstantMargin, LossOptions
+from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, weighted_moments
+from amapo_loss._options import LossOptions, Margin
 from amapo_loss._pairs import Pairs
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.margin import AdaptiveMargin
@@ -41,9 +41,9 @@ def amapo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     weights: Tensor | None = None,
-    beta: float = 2.0,
+    beta: float | Tensor = 2.0,
     label_smoothing: float = 0.0,
-    margin: AdaptiveMargin = AdaptiveMargin(),
+    margin: Margin = AdaptiveMargin(),
     statistics: ScoreStatistics | Estimator | None = None,
     process_group: ProcessGroup | None = None,
     reduction: Reduction = "mean",
@@ -128,8 +128,7 @@ def amapo_loss(
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, weights
     ).checked()
-    if isinstance(statistics, ScoreStatistics):
-        options = options._replace(statistics=_checked_statistics(statistics, chosen_logps.device))
+    options = _fitted(options, pairs)
     return _triton_loss(pairs, options) if _uses_triton(pairs, options) else _torch_loss(pairs, options)
 
 
@@ -142,7 +141,7 @@ def dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     weights: Tensor | None = None,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> AMaPOOutput:
@@ -177,12 +176,20 @@ def dpo_loss(
 
     Source: arXiv 2305.18290, equation 7; label smoothing as in conservative DPO.
     """
-    options = LossOptions(beta, label_smoothing, ConstantMargin(0.0), reduction=reduction).checked()
-    _checks.floating_tensor("ref_chosen_logps", ref_chosen_logps)  # `Pairs` would accept None for both references
-    pairs = Pairs(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, weights
-    ).checked()
-    return _torch_loss(pairs, options)
+    _checks.floating_tensor("ref_chosen_logps", ref_chosen_logps)  # `amapo_loss` would accept None for both references
+    return amapo_loss(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        weights=weights,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        margin=0.0,
+        reduction=reduction,
+    )
 
 
 def simpo_loss(
@@ -192,7 +199,7 @@ def simpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     weights: Tensor | None = None,
-    beta: float = 2.0,
+    beta: float | Tensor = 2.0,
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
@@ -226,15 +233,32 @@ def simpo_loss(
 
     Source: arXiv 2405.14734, equation 6.
     """
-    options = LossOptions(beta, label_smoothing, ConstantMargin(gamma), reduction=reduction).checked()
-    pairs = Pairs(
+    _checks.number("gamma", gamma)
+    return amapo_loss(
         chosen_logps,
         rejected_logps,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         weights=weights,
-    ).checked()
-    return _torch_loss(pairs, options)
+        beta=beta,
+        label_smoothing=label_smoothing,
+        margin=gamma,
+        reduction=reduction,
+    )
+
+
+def _fitted(options: LossOptions, pairs: Pairs) -> LossOptions:
+    """Return the options with their tensors detached, or raise if one of them does not fit the pairs."""
+    beta, margin, statistics = options.beta, options.margin, options.statistics
+    device = pairs.chosen_logps.device
+    if isinstance(beta, Tensor):
+        beta = _checks.scalar_tensor("beta", beta, device).detach().to(pairs.accumulation_dtype())
+        beta = torch.where(beta > 0, beta, torch.nan)  # an error would need the value on the host, and so a wait for it
+    if isinstance(margin, Tensor):
+        margin = _checked_margins("margin", margin, pairs)
+    if isinstance(statistics, ScoreStatistics):
+        statistics = _checked_statistics(statistics, device)
+    return options._replace(beta=beta, margin=margin, statistics=statistics)
 
 
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
@@ -242,7 +266,7 @@ def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     backend, device = options.backend, pairs.chosen_logps.device
     if backend == "torch" or (backend == "auto" and not (device.type == "cuda" and kernels.HAS_TRITON)):
         return False
-    needs_float64 = _checks.accumulation_dtype(*pairs[:4]) == torch.float64
+    needs_float64 = pairs.accumulation_dtype() == torch.float64
     if backend == "triton" and needs_float64:
         raise ValueError("backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'")
     if backend == "triton" and device.type != ("cpu" if kernels.interpreted() else "cuda"):
@@ -257,15 +281,19 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     rank_moments = None
     if options.process_group is not None:
         rank_moments = all_gather_row(pair_loss.moments(pairs, options.beta), options.process_group)
+    if callable(options.statistics) or callable(options.margin):  # both take scores, which the kernel does not return
+        d, rewards = _reference.log_ratio_differences(pairs.prepared(), options.beta)
+        statistics = _statistics(options, pairs, d, rewards[0], rank_moments)
+        margin = _margin(options, pairs, rewards[0], statistics)
+        options = options._replace(statistics=statistics, margin=margin)
+    output = pair_loss.pair_loss(pairs, options, rank_moments)
     supplied = options.statistics
-    if supplied is not None and not isinstance(supplied, ScoreStatistics):
-        d, _ = _reference.log_ratio_differences(pairs.neutralized().to_accumulation_dtype(), options.beta)
-        supplied = _estimate(supplied, options.beta * d, pairs.counted(), options.process_group)
-    output = pair_loss.pair_loss(pairs, options, supplied, rank_moments)
     diagnostics = Diagnostics(
         pairs.detached(),
         output.margins,
-        ScoreStatistics(output.mean, output.std, output.num_pairs) if supplied is None else supplied,
+        supplied
+        if isinstance(supplied, ScoreStatistics)
+        else ScoreStatistics(output.mean, output.std, output.num_pairs),
         options.beta,
         options.label_smoothing,
         total_values=output.total_values,
@@ -275,55 +303,72 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
 
 def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     """Compute the loss with the reference mathematics."""
-    counted = pairs.counted()
-    counted_pairs = pairs.neutralized().to_accumulation_dtype()
-    d, rewards = _reference.log_ratio_differences(counted_pairs, options.beta)
-    r = rewards[0]
+    prepared = pairs.prepared()
+    d, rewards = _reference.log_ratio_differences(prepared, options.beta)
+    r, weights = rewards[0], prepared.weights
     rank_moments = None
     if options.process_group is not None:
-        rank_moments = all_gather_row(moments(r, counted), options.process_group)
-    elif counted is not None:
-        rank_moments = moments(r, counted)[None]
+        rank_moments = all_gather_row(weighted_moments(r, pairs.counted(), weights), options.process_group)
 
-    statistics = options.statistics
-    if statistics is None:
-        statistics = (
-            ScoreStatistics.of(r)
-            if rank_moments is None
-            else ScoreStatistics(*mean_std_count(merge_moments(rank_moments)))
-        )
-    elif not isinstance(statistics, ScoreStatistics):
-        statistics = _estimate(statistics, options.beta * d, counted, options.process_group)
-
-    if isinstance(options.margin, ConstantMargin):
-        h = options.margin.gamma + 0 * r  # NaN for a pair whose score is not finite, so that its loss is NaN
-    else:
+    statistics = _statistics(options, pairs, d, r, rank_moments)
+    margin = _margin(options, pairs, r, statistics)
+    if isinstance(margin, AdaptiveMargin):
         # NaN if a score is not finite. The mean of the batch is NaN then, but not that of supplied statistics.
         mu = statistics.mean if options.statistics is None else statistics.mean + (0 * r).sum()
-        input_scale = _reference.input_scale(counted_pairs, rewards, options.beta)
-        h = _reference.adaptive_margins(r, mu, statistics.std, input_scale, options.beta, options.margin)
+        input_scale = _reference.input_scale(prepared, rewards, options.beta)
+        h = _reference.adaptive_margins(r, mu, statistics.std, input_scale, options.beta, margin)
+    else:
+        h = _reference.given_margins(r, margin)
+    if weights is not None:
+        h = h.masked_fill(weights == 0, 0)
 
     losses = _reference.pair_losses(d, h, options.beta, options.label_smoothing)
-    if counted is not None:
-        h, losses = h.masked_fill(~counted, 0), losses.masked_fill(~counted, 0)
-    loss = _reduce(losses, options.reduction, rank_moments)
+    loss = _reduce(losses, weights, options.reduction, rank_moments)
     diagnostics = Diagnostics(pairs.detached(), h, statistics, options.beta, options.label_smoothing, rewards)
     return AMaPOOutput(loss, diagnostics)
 
 
-def _estimate(
-    estimator: Estimator,
-    scores: Tensor,  # [B]
-    counted: Tensor | None,  # [B]
-    process_group: ProcessGroup | None,
+def _statistics(
+    options: LossOptions,
+    pairs: Pairs,
+    d: Tensor,  # [B] with its graph
+    r: Tensor,  # [B]
+    rank_moments: Tensor | None,  # [ranks, 4], with a process group
 ) -> ScoreStatistics:
-    """Return the statistics of an estimator, which sees NaN for the pairs that are left out."""
-    if counted is not None and estimator == ScoreStatistics.of:
-        return ScoreStatistics.of(scores, process_group, counted)
-    if counted is not None:
-        scores = torch.where(counted, scores, torch.nan)
+    """Return the supplied statistics, those that an estimator returns, or those of the pairs of all ranks."""
+    statistics, counted = options.statistics, pairs.counted()
+    if isinstance(statistics, ScoreStatistics):
+        return statistics
+    if statistics is None and rank_moments is not None:
+        return ScoreStatistics(*mean_std_count(merge_moments(rank_moments[:, :3])))
+    if statistics is None or (statistics == ScoreStatistics.of and counted is not None):
+        return ScoreStatistics.of(r, options.process_group, counted)
+    # An estimator sees from the graph whether a gradient is wanted for the scores.
+    scores = options.beta * d if counted is None else torch.where(counted, options.beta * d, torch.nan)
     with torch.no_grad():
-        return _checked_statistics(estimator(scores, process_group), scores.device)
+        return _checked_statistics(statistics(scores, options.process_group), r.device)
+
+
+def _margin(
+    options: LossOptions,
+    pairs: Pairs,
+    r: Tensor,  # [B]
+    statistics: ScoreStatistics,
+) -> AdaptiveMargin | float | Tensor:
+    """Return the margin of the options or, if it is a function, the margins [B] that it returns."""
+    margin, counted = options.margin, pairs.counted()
+    if not callable(margin):
+        return margin
+    with torch.no_grad():
+        margins = margin(r if counted is None else torch.where(counted, r, torch.nan), statistics)
+    return _checked_margins("the result of margin", margins, pairs)
+
+
+def _checked_margins(name: str, margins: Tensor, pairs: Pairs) -> Tensor:
+    """Return the margins detached and in the dtype to compute in, or raise unless there is one for each pair."""
+    _checks.real_tensor(name, margins)
+    _checks.one_entry_per_pair({"chosen_logps": pairs.chosen_logps, name: margins})
+    return margins.detach().to(pairs.accumulation_dtype())
 
 
 def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> ScoreStatistics:
@@ -339,16 +384,22 @@ def _checked_statistics(statistics: ScoreStatistics, device: torch.device) -> Sc
 
 def _reduce(
     losses: Tensor,  # [B]
+    weights: Tensor | None,  # [B]
     reduction: Reduction,
-    rank_moments: Tensor | None,  # [ranks, 3], with a process group, weights or lengths
+    rank_moments: Tensor | None,  # [ranks, 4], with a process group
 ) -> Tensor:
-    """Return the losses, their sum, or (sum of this rank's losses) x ranks / (pairs of all ranks)."""
+    """Return the weighted losses, their sum, or (sum of this rank's) x ranks / (weights of all ranks)."""
+    if weights is not None:
+        losses = weights * losses
     if reduction == "none":
         return losses
-    if reduction == "mean" and rank_moments is not None:
-        # DDP and FSDP divide the sum of the ranks' gradients by the number of ranks, so multiply by it here.
-        ranks, pairs_of_all_ranks = len(rank_moments), rank_moments[:, 0].sum()
-        return losses.sum() * (ranks / pairs_of_all_ranks.clamp(min=1)).to(losses.dtype)
     if reduction == "sum" or len(losses) == 0:  # the sum of no losses is 0 and backpropagates, their mean is NaN
         return losses.sum()
-    return losses.mean()
+    if rank_moments is not None:
+        # DDP and FSDP divide the sum of the ranks' gradients by the number of ranks, so multiply by it here.
+        ranks, total = len(rank_moments), rank_moments[:, 3].sum()
+    elif weights is not None:
+        ranks, total = 1, weights.sum(dtype=losses.dtype)
+    else:
+        return losses.mean()
+    return losses.sum() * (ranks / total.masked_fill(total == 0, 1)).to(losses.dtype)

@@ -12,15 +12,18 @@ from torch import Tensor
 from amapo_loss._moments import all_gather_row, merge_moments
 
 # The entries of `Totals.values`. The Triton kernel writes them in this order. The first three are the moments of the
-# scores, the last one is a maximum, and all others are sums over the pairs.
+# scores, the last one is a maximum, and all others are sums over the pairs. Those from "scores" to "scores above mean"
+# are weighted: each pair adds its value times its weight, which is 1 unless weights are given.
 _ENTRIES = (
     "pairs",
     "score mean",
     "score M2",
+    "weights",
+    "scores",
     "correct",
     "misranked",
-    "weights of correct",
-    "weights of misranked",
+    "gradient weights of correct",
+    "gradient weights of misranked",
     "chosen rewards",
     "rejected rewards",
     "chosen logps",
@@ -32,7 +35,7 @@ _ENTRIES = (
     "left out",
     "max margin",
 )
-_COUNTS, _WEIGHTS, _MEANS = slice(3, 5), slice(5, 7), slice(7, 14)
+_WEIGHTED, _GROUPS, _GRADIENT_WEIGHTS = slice(4, 16), slice(5, 7), slice(7, 9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class Totals:
     to rounding. `Diagnostics.totals()` returns those of one loss call.
 
     Attributes:
-        values: [17] float64, on the device of the log-probs; empty for `Totals.none()`.
+        values: [19] float64, on the device of the log-probs; empty for `Totals.none()`.
 
     Example:
         >>> import torch
@@ -77,7 +80,7 @@ class Totals:
         return Totals(_merge(torch.stack((self.values, other.values))))
 
     def reduced(self, process_group: dist.ProcessGroup | None) -> "Totals":
-        """Return the totals over all ranks of a group, with one all-gather of 17 numbers per rank.
+        """Return the totals over all ranks of a group, with one all-gather of 19 numbers per rank.
 
         Every rank must call this. Without a group, nothing changes.
 
@@ -95,36 +98,41 @@ class Totals:
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the scalars to log, under the keys of `Diagnostics.summary`, as 0-dim tensors."""
         values = self.values if self else _of_no_pairs()
-        count, mean, m2, correct, *_, nonfinite, left_out, max_margin = values.unbind()
-        n, std = count.clamp(min=1), (m2 / (count - 1).clamp(min=1)).sqrt()
-        weight_correct, weight_misranked = (values[_WEIGHTS] / values[_COUNTS].clamp(min=1)).unbind()
-        chosen, rejected, logps_chosen, logps_rejected, margin_mean, active, above_mean = (values[_MEANS] / n).unbind()
+        count, score_mean, m2, weights, *_, nonfinite, left_out, max_margin = values.unbind()
+        means = (values[_WEIGHTED] / _nonzero(weights)).unbind()
+        mean, correct, _, _, _, chosen, rejected, logps_chosen, logps_rejected, margin, active, above_mean = means
+        weight_correct, weight_misranked = (values[_GRADIENT_WEIGHTS] / _nonzero(values[_GROUPS])).unbind()
         summary = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/accuracies": correct / n,
+            "rewards/accuracies": correct,
             "rewards/margins": mean,
             "logps/chosen": logps_chosen,
             "logps/rejected": logps_rejected,
-            "amapo/margin_mean": margin_mean,
+            "amapo/margin_mean": margin,
             "amapo/margin_active": active,
             "amapo/margin_accuracies": above_mean,
             "amapo/gradient_weight_correct": weight_correct,
             "amapo/gradient_weight_misranked": weight_misranked,
             "amapo/nonfinite": nonfinite,
             "amapo/margin_max": torch.where(count > 0, max_margin, 0),
-            "amapo/score_mean": mean,
-            "amapo/score_std": std,
+            "amapo/score_mean": score_mean,
+            "amapo/score_std": (m2 / (count - 1).clamp(min=1)).sqrt(),
             "amapo/left_out": left_out,
         }
         return {prefix + key: value for key, value in summary.items()}
 
 
 def _merge(
-    rows: Tensor,  # [k, 17]
+    rows: Tensor,  # [k, 19]
 ) -> Tensor:
-    """Return the totals [17] of k disjoint sets of pairs together."""
+    """Return the totals [19] of k disjoint sets of pairs together."""
     return torch.cat((merge_moments(rows[:, :3]), rows[:, 3:-1].sum(0), rows[:, -1:].amax(0)))
+
+
+def _nonzero(divisors: Tensor) -> Tensor:
+    """Return the divisors with 1 in place of 0, so that a mean over no pairs is 0."""
+    return divisors.masked_fill(divisors == 0, 1)
 
 
 def _of_no_pairs() -> Tensor:

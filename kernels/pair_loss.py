@@ -33,9 +33,9 @@ MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
 # Indices into the totals [16] of a block of pairs. `_process_block` lists all of them; these are used by name.
-NUM_SUMS = tl.constexpr(13)  # totals 0 to 12 are sums
-MARGIN_SUM = tl.constexpr(9)
-MAX_MARGIN = tl.constexpr(13)
+NUM_SUMS = tl.constexpr(14)  # totals 0 to 13 are sums
+MARGIN_SUM = tl.constexpr(10)
+MAX_MARGIN = tl.constexpr(14)
 
 
 # Bundles of kernel arguments. In a kernel, a tensor is a pointer to its first element.
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
     chosen: Responses
     rejected: Responses
-    weights: Tensor | None  # [n] bool
+    weights: Tensor | None  # [n] bool or numbers
     weights_stride: int
 
 
@@ -66,8 +66,16 @@ class Statistics(NamedTuple):
 
     mean: Tensor | None  # 0-dim, supplied
     std: Tensor | None  # 0-dim, supplied
-    rank_moments: Tensor | None  # [ranks, 3] count, mean and M2
+    rank_moments: Tensor | None  # [ranks, 4] count, mean, M2 and sum of the weights
     num_ranks: int
+
+
+class Margins(NamedTuple):
+    """The parts of the margins that are not computed from the scores."""
+
+    given: Tensor | None  # [n]
+    given_stride: int
+    constant: float  # of the pairs whose gate is closed; without an adaptive or given margin, of all pairs
 
 
 class Outputs(NamedTuple):
@@ -76,7 +84,7 @@ class Outputs(NamedTuple):
     loss: Tensor  # 0-dim, or [n] with reduction="none"
     gradient: Tensor | None  # [2, n] with respect to the chosen and to the rejected log-probs; None if not wanted
     margins: Tensor  # [n]
-    total_values: Tensor  # [17] float64, the values of `amapo_loss.Totals`
+    total_values: Tensor  # [19] float64, the values of `amapo_loss.Totals`
     mean_and_std: Tensor  # [2] float64
     num_pairs: Tensor  # 0-dim int64
 
@@ -85,17 +93,20 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _counted(batch, i, in_range):
-    """Return which of the pairs i are in range and not left out."""
+def _load_weights(batch, i, in_range):
+    """Return the weights of the pairs i, and which of them are in range and not left out. All others have weight 0."""
     counted = in_range
+    weights = in_range.to(tl.float32)
     if batch.weights is not None:
-        counted = tl.load(batch.weights + i * batch.weights_stride, mask=counted, other=0) != 0
+        given = tl.load(batch.weights + i * batch.weights_stride, mask=counted, other=0)
+        counted = counted & (given != 0)
+        weights = given.to(tl.float32)
     if batch.chosen.lengths is not None:
         chosen_lengths = batch.chosen.lengths + i * batch.chosen.lengths_stride
         counted = tl.load(chosen_lengths, mask=counted, other=0) != 0
         rejected_lengths = batch.rejected.lengths + i * batch.rejected.lengths_stride
         counted = tl.load(rejected_lengths, mask=counted, other=0) != 0
-    return counted
+    return tl.where(counted, weights, 0.0), counted
 
 
 @triton.jit
@@ -139,19 +150,20 @@ def _load_pairs(batch, i, mask, beta):
 def _pivot_score(batch, n, beta):
     """Return the score of pair 0, which is subtracted from every score before summing; 0 if it is left out."""
     i = tl.full((), 0, tl.int64)
-    return _load_pairs(batch, i, _counted(batch, i, i < n), beta)[0]
+    return _load_pairs(batch, i, _load_weights(batch, i, i < n)[1], beta)[0]
 
 
 @triton.jit
-def _partial_sums(r, pivot, input_scale, mask):
-    """Return the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, and the count.
+def _partial_sums(r, pivot, input_scale, weights, mask):
+    """Return the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, and two sums more.
 
-    If all scores are equal, both sums are exactly 0.
+    These are the count and the sum of the weights. If all scores are equal, the first two sums are exactly 0.
     """
     from_pivot = tl.where(mask, r.to(tl.float64) - pivot.to(tl.float64), 0.0)
     max_score = tl.max(tl.where(mask, tl.abs(r), 0.0))
     max_scale = tl.max(tl.where(mask, input_scale, 0.0))
-    return tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), max_score, max_scale, tl.sum(mask.to(tl.int32))
+    sum1, sum2, count = tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), tl.sum(mask.to(tl.int32))
+    return sum1, sum2, max_score, max_scale, count, tl.sum(weights.to(tl.float64))
 
 
 @triton.jit
@@ -165,28 +177,38 @@ def _moments_from_sums(pivot, sum1, sum2, n):
 
 @triton.jit
 def _merge_moments(rank_moments, num_ranks, BLOCK_RANKS: tl.constexpr):
-    """Merge the moments [ranks, 3] of all ranks by Chan's formula, as `amapo_loss._moments.merge_moments` does."""
+    """Merge the moments [ranks, 4] of all ranks by Chan's formula, as `amapo_loss._moments.merge_moments` does.
+
+    The fourth column, the sums of the weights, is added up.
+    """
     rank = tl.arange(0, BLOCK_RANKS)
-    counts = tl.load(rank_moments + 3 * rank, mask=rank < num_ranks, other=0.0)
-    means = tl.load(rank_moments + 3 * rank + 1, mask=rank < num_ranks, other=0.0)
-    m2s = tl.load(rank_moments + 3 * rank + 2, mask=rank < num_ranks, other=0.0)
+    counts = tl.load(rank_moments + 4 * rank, mask=rank < num_ranks, other=0.0)
+    means = tl.load(rank_moments + 4 * rank + 1, mask=rank < num_ranks, other=0.0)
+    m2s = tl.load(rank_moments + 4 * rank + 2, mask=rank < num_ranks, other=0.0)
+    weights = tl.load(rank_moments + 4 * rank + 3, mask=rank < num_ranks, other=0.0)
     n = tl.sum(counts)
     mu = tl.sum(counts * means) / tl.maximum(n, 1.0)
-    return n, mu, tl.sum(m2s + counts * (means - mu) * (means - mu))
+    return n, mu, tl.sum(m2s + counts * (means - mu) * (means - mu)), tl.sum(weights)
 
 
 @triton.jit
-def _batch_statistics(statistics, pivot, sum1, sum2, n, BLOCK_RANKS: tl.constexpr):
-    """Return the number of pairs, the mean mu in float64, and the standard deviation sigma in float32."""
+def _batch_statistics(statistics, pivot, sum1, sum2, n, weight, BLOCK_RANKS: tl.constexpr):
+    """Return the number of pairs, the mean mu in float64, sigma in float32, and the sum of the weights."""
     if statistics.rank_moments is None:
         count, mu, m2 = _moments_from_sums(pivot, sum1, sum2, n)
     else:
-        count, mu, m2 = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
+        count, mu, m2, weight = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
     sigma = tl.sqrt(m2 / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
     if statistics.mean is not None:
         mu = tl.load(statistics.mean).to(tl.float64)
         sigma = tl.load(statistics.std).to(tl.float32)
-    return count, mu, sigma
+    return count, mu, sigma, weight
+
+
+@triton.jit
+def _divided_by_weight(loss_scale, weight):
+    """Return the factor of the losses in their mean: `loss_scale` divided by the sum of the weights, which may be 0."""
+    return loss_scale / tl.where(weight == 0, 1.0, weight).to(tl.float32)
 
 
 @triton.jit
@@ -197,7 +219,8 @@ def _adaptive_margins(
     input_scale,
     max_score,
     beta,
-    PAPER: tl.constexpr,
+    floor,
+    FORMULA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
@@ -207,7 +230,7 @@ def _adaptive_margins(
     below = (mu - r.to(tl.float64)).to(tl.float32)
     mu = mu.to(tl.float32)
     distance = tl.abs(below)
-    if PAPER:
+    if FORMULA == "paper":
         distance = tl.minimum(distance, tl.abs(mu))
     z = tl.where(distance <= max_score * (2 * MACHINE_EPS), 0.0, below) / sigma
     if not NORMALIZE:
@@ -216,11 +239,11 @@ def _adaptive_margins(
     gamma = z * mu
     h = gamma
     if EXP:
-        exponent = gamma if PAPER else gamma / beta
+        exponent = gamma if FORMULA == "paper" else gamma / beta
         h = beta * tl.exp(tl.where(exponent > MAX_EXPONENT, MAX_EXPONENT, exponent))  # tl.minimum would drop a NaN
     if CLIP:
-        gate = gamma if PAPER else z
-        return tl.where(gate <= 0, 0.0, h)
+        gate = gamma if FORMULA == "paper" else z
+        return tl.where(gate <= 0, floor, h)
     return h * (sigma < INF).to(tl.float32)
 
 
@@ -243,6 +266,8 @@ def _pair_losses(r, h, label_smoothing):
 @triton.jit
 def _process_block(
     pairs,
+    weights,
+    margins,
     i,
     in_range,
     mask,
@@ -256,7 +281,7 @@ def _process_block(
     loss_scale,
     out,
     PER_PAIR: tl.constexpr,
-    PAPER: tl.constexpr,
+    FORMULA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
@@ -265,31 +290,39 @@ def _process_block(
     r, _, chosen_terms, rejected_terms = pairs
     chosen_logps, chosen_ratio, chosen_length = chosen_terms
     rejected_logps, rejected_ratio, rejected_length = rejected_terms
-    h = _adaptive_margins(r, mu, sigma, input_scale, max_score, beta, PAPER, NORMALIZE, EXP, CLIP)
-    losses, weights = _pair_losses(r, h, label_smoothing)
+    if FORMULA is not None:
+        h = _adaptive_margins(
+            r, mu, sigma, input_scale, max_score, beta, margins.constant, FORMULA, NORMALIZE, EXP, CLIP
+        )
+    elif margins.given is not None:
+        h = tl.load(margins.given + i * margins.given_stride, mask=mask, other=0.0).to(tl.float32) + 0 * r
+    else:
+        h = margins.constant + 0 * r  # NaN where the score is NaN or infinite, as above
+    losses, gradient_weights = _pair_losses(r, h, label_smoothing)
 
     tl.store(out.margins + i, tl.where(mask, h, 0.0), mask=in_range)
     if PER_PAIR:
-        tl.store(out.loss + i, tl.where(mask, losses, 0.0), mask=in_range)
+        tl.store(out.loss + i, tl.where(mask, weights * losses, 0.0), mask=in_range)
     if out.gradient is not None:
-        grad_score = tl.where(mask, beta * loss_scale * weights, 0.0)
+        grad_score = tl.where(mask, beta * loss_scale * weights * gradient_weights, 0.0)
         tl.store(out.gradient + i, -grad_score / chosen_length, mask=in_range)
         tl.store(out.gradient + n + i, grad_score / rejected_length, mask=in_range)
 
-    columns = (  # the loss, and then the order of the entries of `Totals` between the moments and the maximum
-        losses,
-        (r > 0).to(tl.float32),
-        (r <= 0).to(tl.float32),
+    columns = (  # the loss, and then the order of the entries of `Totals` between the weights and the maximum
+        weights * losses,
+        weights * r,
         tl.where(r > 0, weights, 0.0),
         tl.where(r <= 0, weights, 0.0),
-        beta * chosen_ratio,
-        beta * rejected_ratio,
-        chosen_logps,
-        rejected_logps,
-        h,
-        (h > 0).to(tl.float32),
-        (r > mu.to(tl.float32)).to(tl.float32),
-        tl.where(tl.abs(r) < INF, 0.0, 1.0),
+        tl.where(r > 0, weights * gradient_weights, 0.0),
+        tl.where(r <= 0, weights * gradient_weights, 0.0),
+        weights * (beta * chosen_ratio),
+        weights * (beta * rejected_ratio),
+        weights * chosen_logps,
+        weights * rejected_logps,
+        weights * h,
+        tl.where(h > 0, weights, 0.0),
+        tl.where(r > mu.to(tl.float32), weights, 0.0),
+        tl.where(tl.abs(weights * r) < INF, 0.0, 1.0),
     )
     k = tl.arange(0, 16)
     totals = tl.where(k == MAX_MARGIN, tl.max(tl.where(mask, h, -INF)), 0.0)
@@ -305,7 +338,7 @@ def _add_totals(totals, more):
 
 
 @triton.jit
-def _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
+def _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
     """Write what describes the whole batch: the reduced loss, the totals, the statistics and the number of pairs."""
     k = tl.arange(0, 16)
     if not PER_PAIR:
@@ -317,9 +350,10 @@ def _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, o
     tl.store(out.total_values, own_count)
     tl.store(out.total_values + 1, mean)
     tl.store(out.total_values + 2, m2)
-    tl.store(out.total_values + 2 + k, totals.to(tl.float64), mask=(k > 0) & (k < MAX_MARGIN))
-    tl.store(out.total_values + 15, n - own_count)  # the number of pairs that are left out
-    tl.store(out.total_values + 3 + k, totals.to(tl.float64), mask=k == MAX_MARGIN)
+    tl.store(out.total_values + 3, tl.cast(own_weight, tl.float64))
+    tl.store(out.total_values + 3 + k, totals.to(tl.float64), mask=(k > 0) & (k < MAX_MARGIN))
+    tl.store(out.total_values + 17, n - own_count)  # the number of pairs that are left out
+    tl.store(out.total_values + 4 + k, totals.to(tl.float64), mask=k == MAX_MARGIN)
     tl.store(out.mean_and_std, mu)  # not rounded, so that a batch that is supplied with it gets the same margins
     tl.store(out.mean_and_std + 1, sigma.to(tl.float64))
     tl.store(out.num_pairs, count.to(tl.int64))
@@ -332,6 +366,7 @@ def _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, o
 def _one_launch_kernel(
     batch,
     statistics,
+    margins,
     beta_ptr,
     out,
     n,
@@ -339,7 +374,7 @@ def _one_launch_kernel(
     label_smoothing,
     loss_scale,
     PER_PAIR: tl.constexpr,
-    PAPER: tl.constexpr,
+    FORMULA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
@@ -353,16 +388,19 @@ def _one_launch_kernel(
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     i = tl.arange(0, BLOCK).to(tl.int64)
-    mask = _counted(batch, i, i < n)
+    weights, mask = _load_weights(batch, i, i < n)
     pairs = _load_pairs(batch, i, mask, beta)
-    sum1, sum2, max_score, input_scale, own_count = _partial_sums(pairs[0], pivot, pairs[1], mask)
+    sum1, sum2, max_score, input_scale, own_count, own_weight = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
     if not MASKED:
         own_count = n
-    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, own_count, BLOCK_RANKS)
+        own_weight = tl.cast(n, tl.float64)
+    count, mu, sigma, weight = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
     if MEAN_ON_DEVICE:
-        loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
+        loss_scale = _divided_by_weight(loss_scale, weight)
     totals = _process_block(
         pairs,
+        weights,
+        margins,
         i,
         i < n,
         mask,
@@ -376,43 +414,47 @@ def _one_launch_kernel(
         loss_scale,
         out,
         PER_PAIR,
-        PAPER,
+        FORMULA,
         NORMALIZE,
         EXP,
         CLIP,
     )
     own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
-    _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR)
+    _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 @triton.jit
 def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the moments [3] of this rank's scores, which the other ranks need, in one program."""
+    """Write the moments and the sum of the weights [4] of this rank, which the other ranks need, in one program."""
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     sum1 = tl.zeros((), tl.float64)
     sum2 = tl.zeros((), tl.float64)
     own_count = tl.zeros((), tl.int32)
+    own_weight = tl.zeros((), tl.float64)
     for block in range(0, tl.cdiv(n, BLOCK)):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = _counted(batch, i, i < n)
+        weights, mask = _load_weights(batch, i, i < n)
         pairs = _load_pairs(batch, i, mask, beta)
-        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], mask)
+        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
         sum1 += partial_sums[0]
         sum2 += partial_sums[1]
         own_count += partial_sums[4]
+        own_weight += partial_sums[5]
     if not MASKED:
         own_count = n
+        own_weight = tl.cast(n, tl.float64)
     count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, own_count)
     tl.store(moments, count)
     tl.store(moments + 1, mean)
     tl.store(moments + 2, m2)
+    tl.store(moments + 3, own_weight)
 
 
 @triton.jit
 def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the partial sums [5, P] of the P programs of this launch, the first of two, and reset the counter.
+    """Write the partial sums [6, P] of the P programs of this launch, the first of two, and reset the counter.
 
     This is a grid-stride loop: program p takes the blocks of pairs p, p + P, p + 2P, ...
     """
@@ -425,22 +467,25 @@ def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED:
     max_score = tl.zeros((), tl.float32)
     input_scale = tl.zeros((), tl.float32)
     own_count = tl.zeros((), tl.int32)
+    own_weight = tl.zeros((), tl.float64)
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = _counted(batch, i, i < n)
+        weights, mask = _load_weights(batch, i, i < n)
         pairs = _load_pairs(batch, i, mask, beta)
-        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], mask)
+        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
         sum1 += partial_sums[0]
         sum2 += partial_sums[1]
         max_score = tl.maximum(max_score, partial_sums[2])
         input_scale = tl.maximum(input_scale, partial_sums[3])
         own_count += partial_sums[4]
+        own_weight += partial_sums[5]
     tl.store(partials + program, sum1)
     tl.store(partials + num_programs + program, sum2)
     tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
     tl.store(partials + 3 * num_programs + program, input_scale.to(tl.float64))
     if MASKED:
         tl.store(partials + 4 * num_programs + program, own_count.to(tl.float64))
+        tl.store(partials + 5 * num_programs + program, own_weight)
     if program == 0:
         tl.store(done_counter, 0)
 
@@ -449,6 +494,7 @@ def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED:
 def _loss_kernel(
     batch,
     statistics,
+    margins,
     beta_ptr,
     partials,
     done_counter,
@@ -460,7 +506,7 @@ def _loss_kernel(
     loss_scale,
     num_partials,
     PER_PAIR: tl.constexpr,
-    PAPER: tl.constexpr,
+    FORMULA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
@@ -470,7 +516,7 @@ def _loss_kernel(
     MAX_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute everything from the partial sums [5, num_partials] in a launch of Q programs, the second of two.
+    """Compute everything from the partial sums [6, num_partials] in a launch of Q programs, the second of two.
 
     This is a grid-stride loop as in the first launch. Each program writes its totals to a row of `program_totals`
     [Q, 16], and the last program to finish adds up the rows.
@@ -484,11 +530,13 @@ def _loss_kernel(
     max_score = tl.max(tl.load(partials + 2 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
     input_scale = tl.max(tl.load(partials + 3 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
     own_count = tl.cast(n, tl.float64)
+    own_weight = tl.cast(n, tl.float64)
     if MASKED:
         own_count = tl.sum(tl.load(partials + 4 * num_partials + q, mask=q < num_partials, other=0.0))
-    count, mu, sigma = _batch_statistics(statistics, pivot, sum1, sum2, own_count, BLOCK_RANKS)
+        own_weight = tl.sum(tl.load(partials + 5 * num_partials + q, mask=q < num_partials, other=0.0))
+    count, mu, sigma, weight = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
     if MEAN_ON_DEVICE:
-        loss_scale = loss_scale / tl.maximum(count, 1.0).to(tl.float32)
+        loss_scale = _divided_by_weight(loss_scale, weight)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, 16)
@@ -496,9 +544,11 @@ def _loss_kernel(
     totals = no_pairs
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = _counted(batch, i, i < n)
+        weights, mask = _load_weights(batch, i, i < n)
         block_totals = _process_block(
             _load_pairs(batch, i, mask, beta),
+            weights,
+            margins,
             i,
             i < n,
             mask,
@@ -512,7 +562,7 @@ def _loss_kernel(
             loss_scale,
             out,
             PER_PAIR,
-            PAPER,
+            FORMULA,
             NORMALIZE,
             EXP,
             CLIP,
@@ -533,45 +583,48 @@ def _loss_kernel(
             rows = tl.where(row < num_programs, rows, no_pairs[None, :])
             totals = _add_totals(totals, tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0)))
         own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
-        _write_batch_outputs(totals, own_moments, mu, sigma, count, n, loss_scale, out, PER_PAIR)
+        _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
 
 # The launch. The arguments are flat because the schema of a PyTorch operator asks for it.
 
 
 def _launch(
-    chosen_logps: Tensor,  # [n], like the six that follow
+    chosen_logps: Tensor,  # [n], like the seven that follow
     rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
     weights: Tensor | None,
+    given_margins: Tensor | None,
     mean: Tensor | None,  # 0-dim, supplied statistics
     std: Tensor | None,  # 0-dim
-    rank_moments: Tensor | None,  # [ranks, 3]
+    rank_moments: Tensor | None,  # [ranks, 4]
     beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
     beta: float,
     label_smoothing: float,
-    paper: bool,
+    formula: str | None,  # None, for margins that are not adaptive
     normalize: bool,
     exponential: bool,
     clip: bool,
+    constant_margin: float,  # of the pairs whose gate is closed, or of all pairs without an adaptive or given margin
     reduction: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernels and return the fields of `Outputs`; the gradient is empty without `with_gradient`."""
     outputs = _allocate_outputs(chosen_logps, reduction, with_gradient)
-    loss, gradient, margins, total_values, mean_and_std, num_pairs = outputs
-    out = Outputs(loss, gradient if with_gradient else None, margins, total_values, mean_and_std, num_pairs)
-    n = len(margins)
+    loss, gradient, *others = outputs
+    out = Outputs(loss, gradient if with_gradient else None, *others)
+    n = len(chosen_logps)
     chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
     batch = Batch(chosen, rejected, weights, 0 if weights is None else weights.stride(0))
     masked = weights is not None or chosen_lengths is not None  # whether pairs may be left out
     num_ranks = 1 if rank_moments is None else len(rank_moments)
     statistics = Statistics(mean, std, rank_moments, num_ranks)
-    # Only the device knows how many pairs the other ranks have, and how many pairs are left out.
+    margins = Margins(given_margins, 0 if given_margins is None else given_margins.stride(0), constant_margin)
+    # Only the device knows how many pairs the other ranks have, and the weights of the pairs.
     mean_on_device = reduction == "mean" and (rank_moments is not None or masked)
     if mean_on_device:
         loss_scale = float(num_ranks)
@@ -580,7 +633,7 @@ def _launch(
     numbers = (n, beta, label_smoothing, loss_scale)
     constants = {
         "PER_PAIR": reduction == "none",
-        "PAPER": paper,
+        "FORMULA": formula,
         "NORMALIZE": normalize,
         "EXP": exponential,
         "CLIP": clip,
@@ -594,15 +647,15 @@ def _launch(
             block = max(128, triton.next_power_of_2(n))
             num_warps = min(max(block // 512, 1), 16)
             _one_launch_kernel[(1,)](
-                batch, statistics, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
+                batch, statistics, margins, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
             )
             return outputs
         num_partials, num_programs = (
             min(triton.cdiv(n, BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
         )
-        partials = margins.new_empty((5, num_partials), dtype=torch.float64)
-        program_totals = margins.new_empty((num_programs, 16))
-        done_counter = margins.new_empty((), dtype=torch.int32)
+        partials = loss.new_empty((6, num_partials), dtype=torch.float64)
+        program_totals = loss.new_empty((num_programs, 16))
+        done_counter = loss.new_empty((), dtype=torch.int32)
         _statistics_kernel[(num_partials,)](
             batch,
             beta_tensor,
@@ -618,6 +671,7 @@ def _launch(
         _loss_kernel[(num_programs,)](
             batch,
             statistics,
+            margins,
             beta_tensor,
             partials,
             done_counter,
@@ -644,12 +698,12 @@ def _launch_moments(
     beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
     beta: float,
 ) -> Tensor:
-    """Return the moments [3] of the scores in float64: count, mean and M2."""
+    """Return the moments of the scores and the sum of the weights [4] in float64: count, mean, M2 and sum."""
     chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
     batch = Batch(chosen, rejected, weights, 0 if weights is None else weights.stride(0))
     masked = weights is not None or chosen_lengths is not None
-    out, n = torch.empty(3, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
+    out, n = torch.empty(4, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
     with torch.cuda.device_of(chosen_logps):
         _moments_kernel[(1,)](
             batch,
@@ -675,7 +729,7 @@ def _allocate_outputs(
         empty((n,) if reduction == "none" else ()),
         empty((2, n) if with_gradient else (0,)),
         empty((n,)),
-        empty((17,), dtype=torch.float64),
+        empty((19,), dtype=torch.float64),
         empty((2,), dtype=torch.float64),
         empty((), dtype=torch.int64),
     )
@@ -708,7 +762,7 @@ def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Te
 
 @torch.library.register_fake("amapo_loss::moments", lib=_library)
 def _(chosen_logps: Tensor, *_: Any) -> Tensor:
-    return torch.empty(3, dtype=torch.float64, device=chosen_logps.device)
+    return torch.empty(4, dtype=torch.float64, device=chosen_logps.device)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -726,7 +780,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
-        no_gradients = (None,) * 19  # one for each argument of `_launch`
+        no_gradients = (None,) * len(ctx.needs_input_grad)
         if grad_output is None:
             return no_gradients
         gradient, *logps = ctx.saved_tensors
@@ -775,7 +829,7 @@ class PairLossOutput(NamedTuple):
 
     loss: Tensor  # 0-dim, or [n] with reduction="none"
     margins: Tensor  # [n]
-    total_values: Tensor  # [17] float64
+    total_values: Tensor  # [19] float64
     mean: Tensor  # 0-dim float64: the supplied mean, else that of all ranks, else that of these pairs
     std: Tensor  # 0-dim float64, likewise
     num_pairs: Tensor  # 0-dim int64, of all ranks
@@ -783,43 +837,49 @@ class PairLossOutput(NamedTuple):
 
 def pair_loss(
     pairs: Pairs,
-    options: LossOptions,
-    statistics: ScoreStatistics | None,  # supplied by the caller
-    rank_moments: Tensor | None,  # [ranks, 3]
+    options: LossOptions,  # its statistics and its margin are not functions
+    rank_moments: Tensor | None,  # [ranks, 4]
 ) -> PairLossOutput:
-    """Compute the loss of checked pairs with an `AdaptiveMargin`."""
+    """Compute the loss of checked pairs."""
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs[:4])
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
-    margin = options.margin
-    assert isinstance(margin, AdaptiveMargin)
+    statistics = options.statistics
+    assert statistics is None or isinstance(statistics, ScoreStatistics)
     loss, _, margins, total_values, mean_and_std, num_pairs = run(
         *pairs,
+        options.margin if isinstance(options.margin, Tensor) else None,
         *((None, None) if statistics is None else statistics[:2]),
         rank_moments,
         *_beta_arguments(options.beta, pairs.chosen_logps.device),
         options.label_smoothing,
-        margin.formula == "paper",
-        margin.normalize,
-        margin.scaling == "exp",
-        margin.clip,
+        *_margin_arguments(options.margin),
         options.reduction,
         with_gradient,
     )
     return PairLossOutput(loss, margins, total_values, mean_and_std[0], mean_and_std[1], num_pairs)
 
 
-def moments(pairs: Pairs, beta: float) -> Tensor:
-    """Return the moments [3] of the scores in float64: count, mean and M2."""
+def moments(pairs: Pairs, beta: float | Tensor) -> Tensor:
+    """Return the moments of the scores and the sum of the weights [4] in float64: count, mean, M2 and sum."""
     device = pairs.chosen_logps.device
     result: Tensor = torch.ops.amapo_loss.moments.default(*pairs.detached(), *_beta_arguments(beta, device))
     return result
 
 
-def _beta_arguments(beta: float, device: torch.device) -> tuple[Tensor | None, float]:
+def _beta_arguments(beta: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
     """Return `beta_tensor` and `beta`.
 
     Under torch.compile, beta is passed as a tensor, because a new Python number would recompile the graph.
     """
+    if isinstance(beta, Tensor):
+        return beta, 1.0
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float32, device=device) * beta, 1.0
     return None, beta
+
+
+def _margin_arguments(margin: Any) -> tuple[str | None, bool, bool, bool, float]:
+    """Return `formula`, `normalize`, `exponential`, `clip` and `constant_margin`."""
+    if isinstance(margin, AdaptiveMargin):
+        return margin.formula, margin.normalize, margin.scaling == "exp", margin.clip, margin.floor
+    return None, True, True, True, 0.0 if isinstance(margin, Tensor) else margin
