@@ -26,33 +26,45 @@ from tests.support.generators import (
 )
 from tests.support.oracle import assert_matches, oracle
 
+# How the weights of the pairs are drawn. Those that are 0 or False leave their pair out.
+WEIGHTS: dict[str, Any] = {
+    "none": lambda rng, n: None,
+    "bool": lambda rng, n: rng.random(n) > 0.3,
+    "integer": lambda rng, n: rng.integers(0, 5, n),
+    "floating": lambda rng, n: (np.exp(rng.normal(0, 2, n)) * (rng.random(n) > 0.1)).astype(np.float32),
+}
+# How margins are given that are not adaptive. The function returns the same margins as "tensor".
+GIVEN_MARGINS = ("number", "tensor", "function")
+
 
 @every_backend
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     batches(),
-    st.sampled_from(MARGINS),
+    st.sampled_from(MARGINS) | st.sampled_from(GIVEN_MARGINS),
     loss_options,
     dtypes,
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(list(WEIGHTS)),
     st.sampled_from(["mean", "sum", "none"]),
     st.integers(0, 2**31),
 )
 def test_amapo_loss_agrees_with_the_oracle(
     loss_fn: OnBackend,
     batch: Batch,
-    margin: AdaptiveMargin,
+    margin: AdaptiveMargin | str,
     options: Options,
     dtype: torch.dtype,
+    beta_on_device: bool,
     with_ref: bool,
     with_lengths: bool,
-    with_weights: bool,
+    weights_kind: str,
     reduction: Any,
     seed: int,
 ) -> None:
-    """Pairs with the weight False or a length of 0 are left out. Their log-probs are then replaced by NaN."""
+    """Pairs with a weight or a length of 0 are left out. Their log-probs and given margins are then replaced by NaN."""
     chosen, rejected = batch
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float32
@@ -78,17 +90,25 @@ def test_amapo_loss_agrees_with_the_oracle(
     counted = np.ones(n, bool)
     for array in lengths.values():
         counted &= array > 0
-    weights = rng.random(n) > 0.3 if with_weights else None
+    weights = WEIGHTS[weights_kind](rng, n)
     if weights is not None:
-        counted &= weights
+        counted &= weights != 0
     if not counted.any():
         return  # test_edge_cases.py covers batches without a pair
     unit = unit_of(dtype)
+    given_margins = np.where(counted, rng.normal(0, 2, n), np.nan).astype(np.float32)
+    margins: dict[Any, tuple[Any, Any]] = {  # for the loss and for the oracle
+        "number": (0.7, 0.7),
+        "tensor": (torch.tensor(given_margins), given_margins[counted].astype(float)),
+        "function": (lambda scores, _: torch.tensor(given_margins).to(scores), given_margins[counted].astype(float)),
+    }
+    actual_margin, expected_margin = margins.get(margin, (margin, margin))
     expected = oracle(
         **{name.removesuffix("_logps"): array[counted] for name, array in as_float64(logps).items()},
         **{name: array[counted].astype(float) for name, array in lengths.items()},
+        weights=None if weights is None else weights[counted].astype(float),
         **options,
-        margin=margin,
+        margin=expected_margin,
         unit=unit,
     )
     expected.summary["amapo/left_out"] = (float(n - counted.sum()), 0.0)
@@ -99,7 +119,8 @@ def test_amapo_loss_agrees_with_the_oracle(
     others = {name: torch.tensor(array) for name, array in lengths.items()}
     if weights is not None:
         others["weights"] = torch.tensor(weights)
-    actual = loss_fn(**logps, **others, **options, margin=margin, reduction=reduction)
+    beta: Any = torch.tensor(options["beta"], dtype=torch.float64) if beta_on_device else options["beta"]
+    actual = loss_fn(**logps, **others, **options | {"beta": beta}, margin=actual_margin, reduction=reduction)
     assert_matches(actual, logps, expected, reduction, unit, counted)
 
 
@@ -159,7 +180,7 @@ def test_the_intervals_of_the_oracle_are_narrow() -> None:
         expected = oracle(chosen, rejected, beta=2.0, margin=margin, unit=2.0**-23)
         assert expected.at_gate.mean() <= 0.01, margin
         margin_width = expected.margins.high - expected.margins.low
-        weight_width = expected.weights.high - expected.weights.low
+        weight_width = expected.gradient_weights.high - expected.gradient_weights.low
         narrow = (margin_width <= 1e-4 * np.maximum(expected.margins.high, 1)) & (weight_width <= 1e-4)
         assert np.mean(narrow & ~expected.at_gate) >= 0.98, margin
 
@@ -174,6 +195,6 @@ def test_the_oracle_gives_the_values_computed_by_hand() -> None:
     margin = 2 * math.exp(0.8666667 / 0.8082904 * 0.6666667)
     weights = 1 / (1 + np.exp([0.8, -0.2 - margin, 1.4]))
     np.testing.assert_allclose(expected.margins.low, [0, margin, 0], rtol=1e-6)
-    np.testing.assert_allclose(expected.weights.low, weights, rtol=1e-6)
+    np.testing.assert_allclose(expected.gradient_weights.low, weights, rtol=1e-6)
     np.testing.assert_allclose(expected.losses.low, -np.log1p(-weights), rtol=1e-6)
     np.testing.assert_allclose(expected.gradients[0].low, -2 * weights, rtol=1e-6)

@@ -21,9 +21,13 @@ MARGINS = [
     for normalize in (True, False)
     for scaling in ("exp", "linear")
     for clip in (True, False)
+] + [
+    AdaptiveMargin(formula, scaling=scaling, floor=0.7)
+    for formula in ("paper", "released")
+    for scaling in ("exp", "linear")
 ]
 every_margin = pytest.mark.parametrize(
-    "margin", MARGINS, ids=lambda m: f"{m.formula}-{m.normalize}-{m.scaling}-{m.clip}"
+    "margin", MARGINS, ids=lambda m: f"{m.formula}-{m.normalize}-{m.scaling}-{m.clip}-{m.floor}"
 )
 
 # Hypothesis strategies.

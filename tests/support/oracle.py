@@ -10,9 +10,9 @@ is an interval that contains whatever a correct implementation may return. In th
 - `unit` is the machine epsilon of the arithmetic under test: 2**-52 for float64, and 2**-23 for float32, in which
   bfloat16 and float16 are computed, too. The rounding of one operation changes its result by at most unit / 2 times the
   result. Factors such as 4 or 16 in front of `unit` are generous bounds on the number of such roundings in a row.
-- `at_gate` marks the pairs whose margin may also be 0. The margin jumps from 0 to about beta where its gate opens. If
-  rounding may put a pair on either side of the gate, its margin may lie in its interval or be 0. The margins of all
-  other pairs must lie in their intervals.
+- `at_gate` marks the pairs whose margin may also be the floor, which is 0 by default. The margin jumps from there to
+  about beta where its gate opens. If rounding may put a pair on either side of the gate, its margin may lie in its
+  interval or be the floor. The margins of all other pairs must lie in their intervals.
 
 The oracle computes with the log-ratio differences d, while the package computes with the scores r = beta * d. Means,
 standard deviations and errors are therefore those of d, unless a comment says otherwise. Arrays are [n], with one entry
@@ -54,9 +54,11 @@ class Oracle(NamedTuple):
     """What the loss of one batch must return."""
 
     losses: Interval  # [n]
-    weights: Interval  # [n] gradient weights w = -dL/dr
+    gradient_weights: Interval  # [n] w = -dL/dr
     margins: Interval  # [n]
-    at_gate: Mask  # [n] pairs whose margin may also be 0
+    at_gate: Mask  # [n] pairs whose margin may also be the floor
+    floor: Interval  # 0-dim
+    total_weight: float  # sum of the weights of the pairs
     gradients: tuple[Interval, Interval]  # [n] of the sum of the losses, in the chosen and in the rejected log-probs
     summary: dict[str, tuple[float, float]]  # value and tolerance of each entry
 
@@ -73,6 +75,11 @@ class BoundedStatistics(NamedTuple):
 def underflow(unit: float) -> float:
     """Return twice the smallest normal number. Below it, a result has fewer digits or is rounded to 0."""
     return 2 * float(np.finfo(np.float64 if unit < 1e-10 else np.float32).tiny)
+
+
+def rounded(value: float | Array, unit: float) -> Interval:
+    """Return what a value may become if it is rounded once, entry by entry."""
+    return Interval(np.asarray(value - unit * np.abs(value)), np.asarray(value + unit * np.abs(value)))
 
 
 def score_statistics(
@@ -107,7 +114,7 @@ def adaptive_margins(
     statistics: BoundedStatistics,
     unit: float,
 ) -> tuple[Interval, Mask]:
-    """Return the margins [n] while the gate is open, and the pairs [n] whose margin may also be 0."""
+    """Return the margins [n] while the gate is open, and the pairs [n] whose margin may also be the floor."""
     mean, std, mean_error, std_error = statistics
     n = len(d)
 
@@ -116,7 +123,7 @@ def adaptive_margins(
     # so its standard deviation is not below it.
     threshold = 8 * unit * input_scale
     if std + std_error < threshold * (1 - 4 * unit) or std == 0:
-        return Interval(np.zeros(n), np.zeros(n)), np.zeros(n, bool)
+        return Interval(*(np.full(n, end) for end in rounded(margin.floor, unit))), np.zeros(n, bool)
     at_gate = np.full(n, std - std_error <= threshold * (1 + 4 * unit))
     # This is the smallest standard deviation that the library may divide by. The library divides only if its own value
     # is above the threshold. The errors of d move that value by at most sqrt(2) * 3 * unit * input_scale, which is less
@@ -167,7 +174,7 @@ def adaptive_margins(
         else:
             is_open = z > 0
             at_gate |= side_unknown
-        low, high = (np.where(is_open | at_gate, end, 0.0) for end in (low, high))
+        low, high = (np.where(is_open | at_gate, *ends) for ends in zip((low, high), rounded(margin.floor, unit)))
     return Interval(low, high), at_gate
 
 
@@ -179,9 +186,10 @@ def oracle(
     *,
     chosen_lengths: Array | None = None,
     rejected_lengths: Array | None = None,
+    weights: Array | None = None,
     beta: float,
     label_smoothing: float = 0.0,
-    margin: AdaptiveMargin | float,
+    margin: AdaptiveMargin | float | Array,
     statistics: tuple[float, float] | None = None,
     unit: float,
 ) -> Oracle:
@@ -194,9 +202,10 @@ def oracle(
         ref_rejected: log-probs of the rejected responses under the reference model.
         chosen_lengths: number of tokens in each chosen response.
         rejected_lengths: number of tokens in each rejected response.
+        weights: weight of each pair, above 0. None: all are 1.
         beta: scale of the ranking score.
         label_smoothing: share of wrong labels, as in `amapo_loss`.
-        margin: the adaptive margin, or a number for the constant margin of DPO and SimPO.
+        margin: the adaptive margin, a number for the constant margin of DPO and SimPO, or a margin for each pair.
         statistics: supplied mean and standard deviation of the scores.
         unit: machine epsilon of the arithmetic under test.
 
@@ -221,43 +230,54 @@ def oracle(
     if isinstance(margin, AdaptiveMargin):
         d_statistics = score_statistics(d, d_error, beta, statistics, unit)
         h, at_gate = adaptive_margins(d, d_error, input_scale, beta, margin, d_statistics, unit)
+        floor = rounded(margin.floor, unit)
     else:
-        d_statistics = score_statistics(d, d_error, beta, None, unit)
-        h, at_gate = Interval(np.full(n, margin), np.full(n, margin)), np.zeros(n, bool)
+        d_statistics = score_statistics(d, d_error, beta, statistics, unit)
+        h, at_gate, floor = rounded(np.full(n, margin), unit), np.zeros(n, bool), rounded(0.0, unit)
     own_statistics = score_statistics(d, d_error, beta, None, unit)  # differ from d_statistics if these are supplied
-    # The loss of a pair at the gate may be that of its margin or that of the margin 0.
-    h_or_zero = Interval(
-        np.where(at_gate, np.minimum(h.low, 0.0), h.low), np.where(at_gate, np.maximum(h.high, 0.0), h.high)
+    # The loss of a pair at the gate may be that of its margin or that of the floor.
+    h_or_floor = Interval(
+        np.where(at_gate, np.minimum(h.low, floor.low), h.low),
+        np.where(at_gate, np.maximum(h.high, floor.high), h.high),
     )
 
     r, r_error = beta * d, beta * d_error + 2 * unit * np.abs(beta * d)
-    x_low, x_high = r - r_error - h_or_zero.high, r + r_error - h_or_zero.low  # x = r - h
+    x_low, x_high = r - r_error - h_or_floor.high, r + r_error - h_or_floor.low  # x = r - h
     x = Interval(x_low - unit * np.abs(x_low), x_high + unit * np.abs(x_high))
-    losses, weights = losses_and_weights(x, eps, unit)
+    a = np.ones(n) if weights is None else weights
+    unweighted_losses, unweighted = losses_and_weights(x, eps, unit)
+    losses, gradient_weights = (
+        Interval(a * low - unit * a * np.abs(low), a * high + unit * a * np.abs(high))
+        for low, high in (unweighted_losses, unweighted)
+    )
     gradients = (
-        Interval(-weights.high * beta / chosen_length, -weights.low * beta / chosen_length),
-        Interval(weights.low * beta / rejected_length, weights.high * beta / rejected_length),
+        Interval(-gradient_weights.high * beta / chosen_length, -gradient_weights.low * beta / chosen_length),
+        Interval(gradient_weights.low * beta / rejected_length, gradient_weights.high * beta / rejected_length),
     )
 
     sum_rounding = 64 * unit  # of a sum or a mean, relative to the mean absolute value of its terms
     correct, misranked = d > 0, d <= 0
     sign_unknown = ratios_are_rounded * (np.abs(d) <= d_error)  # a difference of exact numbers keeps its sign
     side_unknown = np.abs(d - d_statistics.mean) <= 2 * (d_statistics.mean_error + d_error)
-    h_center, h_error = (h.low + h.high) / 2, h_or_zero.high - h_or_zero.low
-    w_center, w_error = (weights.low + weights.high) / 2, (weights.high - weights.low) / 2
+    h_center, h_error = (h.low + h.high) / 2, h_or_floor.high - h_or_floor.low
+    w_center, w_error = (unweighted.low + unweighted.high) / 2, (unweighted.high - unweighted.low) / 2
+    everywhere = np.ones(n, bool)
 
     # Each of these functions returns a value and its tolerance.
 
-    def mean_of(values: Array, error: Array | float = 0.0) -> tuple[float, float]:
-        return float(values.mean()), float(np.mean(error) + sum_rounding * np.abs(values).mean() + SMALLEST_FLOAT32)
+    def mean_of(values: Array, error: Array | float = 0.0, pairs: Mask = everywhere) -> tuple[float, float]:
+        mean, mean_error, mean_abs = (
+            float(np.average(np.broadcast_to(x, n)[pairs], weights=a[pairs])) for x in (values, error, np.abs(values))
+        )
+        return mean, mean_error + sum_rounding * mean_abs + SMALLEST_FLOAT32
 
     def share_of(pairs: Mask, unknown: Mask) -> tuple[float, float]:
-        return float(pairs.mean()), float(unknown.mean() + sum_rounding)
+        return float(np.average(pairs, weights=a)), float(np.average(unknown, weights=a) + sum_rounding)
 
     def mean_weight_of(pairs: Mask) -> tuple[float, float]:
         if sign_unknown.any():
             return 0.0, 1.0  # the members of the group are unknown: accept any weight, as all are below 1
-        return mean_of(w_center[pairs], w_error[pairs]) if pairs.any() else (0.0, 0.0)
+        return mean_of(w_center, w_error, pairs) if pairs.any() else (0.0, 0.0)
 
     # The library accumulates float32 scores in float64, but it has no wider dtype for float64 scores. If these differ
     # only by rounding, the rounding of the mean that they are compared with adds to their standard deviation.
@@ -265,7 +285,7 @@ def oracle(
     std_error = 2 * math.sqrt(2) * float(d_error.max()) + std_from_mean + sum_rounding * own_statistics.std
     rewards_error = beta * unit * 4 * (np.abs(chosen_ratio) + np.abs(rejected_ratio))
     score_mean = beta * own_statistics.mean
-    margin_max = float(h_or_zero.high.max())
+    margin_max = float(h_or_floor.high.max())
     summary = {
         "rewards/chosen": mean_of(beta * chosen_ratio, rewards_error),
         "rewards/rejected": mean_of(beta * rejected_ratio, rewards_error),
@@ -279,7 +299,7 @@ def oracle(
         ),
         "amapo/score_std": (beta * own_statistics.std, beta * std_error + SMALLEST_FLOAT32),
         "amapo/margin_mean": mean_of(h_center, h_error),
-        "amapo/margin_max": (margin_max, float(h_error.max() + sum_rounding * np.abs(h_or_zero.high).max())),
+        "amapo/margin_max": (margin_max, float(h_error.max() + sum_rounding * np.abs(h_or_floor.high).max())),
         "amapo/margin_active": share_of(h.low > 0, at_gate | ((h.low <= 0) & (h.high > 0))),
         "amapo/margin_accuracies": share_of(d > d_statistics.mean, side_unknown),
         "amapo/gradient_weight_correct": mean_weight_of(correct),
@@ -287,7 +307,7 @@ def oracle(
         "amapo/nonfinite": (0.0, 0.0),
         "amapo/left_out": (0.0, 0.0),
     }
-    return Oracle(losses, weights, h, at_gate, gradients, summary)
+    return Oracle(losses, gradient_weights, h, at_gate, floor, float(a.sum()), gradients, summary)
 
 
 def losses_and_weights(
@@ -336,12 +356,11 @@ def assert_matches(
     assert not margins[left_out].any()
     assert not weights[left_out].any()
     margins, weights = margins[counted], weights[counted]
-    inside = (expected.margins.low <= margins) & (margins <= expected.margins.high)
-    assert np.all(inside | (expected.at_gate & (margins == 0))), "margins"
-    assert expected.weights.contains(weights), "weights"
+    inside, at_floor = ((low <= margins) & (margins <= high) for low, high in (expected.margins, expected.floor))
+    assert np.all(inside | (expected.at_gate & at_floor)), "margins"
+    assert expected.gradient_weights.contains(weights), "weights"
 
-    n = len(margins)
-    divisor = n if reduction == "mean" else 1
+    divisor = expected.total_weight if reduction == "mean" else 1
     low, high = expected.losses
     if reduction != "none":
         low, high = low.sum(), high.sum()
