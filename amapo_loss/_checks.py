@@ -100,19 +100,28 @@ def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of {first_name}, {first.device}")
 
 
-def number(name: str, value: object, *, above: float = -inf, at_least: float = -inf, below: float = inf) -> None:
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float = -inf,
+    at_least: float = -inf,
+    below: float = inf,
+    expected: str = "a Python number",
+) -> None:
     """Raise unless `value` is a finite Python number in the range.
 
-    A tensor is refused, because checking its value would wait for the device.
+    A tensor is refused, because checking its value would wait for the device. `expected` says what else the caller of
+    this function accepts.
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a Python number, got {_describe(value)}")
+        raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
     if not (value > above and value >= at_least and value < below):  # also raises for NaN
         limits = {"> ": above, ">= ": at_least, "< ": below}
-        expected = [f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf]
+        conditions = [f"{sign}{limit:g}" for sign, limit in limits.items() if abs(limit) < inf]
         if below == inf:
-            expected.append("finite")
-        raise ValueError(f"{name} must be {' and '.join(expected)}, got {value}")
+            conditions.append("finite")
+        raise ValueError(f"{name} must be {' and '.join(conditions)}, got {value}")
 
 
 def integer(name: str, value: object, *, at_least: int) -> None:

@@ -34,17 +34,17 @@ class LossOptions(NamedTuple):
         if isinstance(self.beta, Tensor):
             _checks.scalar_tensor("beta", self.beta, self.beta.device)
         else:
-            _checks.number("beta", self.beta, above=0)
+            _checks.number("beta", self.beta, above=0, expected="a Python number or a 0-dim tensor")
         _checks.number("label_smoothing", self.label_smoothing, at_least=0, below=0.5)
         if isinstance(self.margin, (int, float)):
             _checks.number("margin", self.margin)
         elif isinstance(self.margin, Tensor):
             _checks.real_tensor("margin", self.margin)
-        elif not (isinstance(self.margin, AdaptiveMargin) or callable(self.margin)):
-            raise TypeError(
-                "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a callable, "
-                f"got {type(self.margin).__name__}"
-            )
+        elif isinstance(self.margin, type) or not (isinstance(self.margin, AdaptiveMargin) or callable(self.margin)):
+            is_class = isinstance(self.margin, type)  # as in margin=AdaptiveMargin, without the parentheses
+            got = f"the class {self.margin.__name__}" if is_class else type(self.margin).__name__
+            expected = "an AdaptiveMargin, a number, a tensor with one entry per pair, or a function"
+            raise TypeError(f"margin must be {expected}, got {got}")
         if not (self.statistics is None or callable(self.statistics) or isinstance(self.statistics, ScoreStatistics)):
             raise TypeError(
                 f"statistics must be ScoreStatistics or a callable estimator, got {type(self.statistics).__name__}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from amapo_loss._checks import Backend, Reduction
-from amapo_loss._options import LossOptions
+from amapo_loss._options import LossOptions, Margin
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.functional import amapo_loss
 from amapo_loss.margin import AdaptiveMargin
@@ -22,8 +22,9 @@ class AMaPOLoss(nn.Module):
 
     Args:
         beta: scale of the ranking score; this and the others are options of `amapo_loss`, which says more about them.
+            For a beta that changes during training, assign to the attribute `beta`.
         label_smoothing: expected share of pairs whose labels are swapped.
-        margin: the margin formula and its options.
+        margin: the adaptive margin and its options, a number, or a function. Margins [B] are an argument of `forward`.
         statistics: what the margins are made from, in place of the statistics of each batch. A `ScoreWindow` becomes a
             submodule, so that `state_dict`, `to`, `train` and `eval` act on it as well.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks.
@@ -51,9 +52,9 @@ class AMaPOLoss(nn.Module):
 
     def __init__(
         self,
-        beta: float = 2.0,
+        beta: float | Tensor = 2.0,
         label_smoothing: float = 0.0,
-        margin: AdaptiveMargin = AdaptiveMargin(),
+        margin: Margin = AdaptiveMargin(),
         statistics: ScoreStatistics | Estimator | None = None,
         process_group: ProcessGroup | None = None,
         reduction: Reduction = "mean",
@@ -80,12 +81,13 @@ class AMaPOLoss(nn.Module):
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
         weights: Tensor | None = None,
+        margin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the chosen rewards [B] and the rejected rewards [B], the latter two detached.
 
         The first four tensors are `chosen_logps`, `rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` of
         `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. The lengths and the weights are those of
-        `amapo_loss`.
+        `amapo_loss`. Margins [B], such as those of a data set, take the place of the module's own margin in this call.
         """
         loss, self.diagnostics = amapo_loss(
             policy_chosen_logps,
@@ -97,7 +99,7 @@ class AMaPOLoss(nn.Module):
             weights=weights,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
-            margin=self.margin,
+            margin=self.margin if margin is None else margin,
             statistics=self.statistics,
             process_group=self.process_group,
             reduction=self.reduction,

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ _OPTIONS_OF_OTHER_LOSSES = (
     "use_weighting",
     "discopop_tau",
 )
+_OPTIONS_OF_THE_MARGIN = tuple(f.name for f in fields(AdaptiveMargin))
 _OPTIONS_OF_A_REFERENCE = ("precompute_ref_log_probs", "sync_ref_model")
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
@@ -68,6 +69,11 @@ class AMaPOConfig(DPOConfig):
         normalize: `False` gives all pairs below the mean the same margin.
         scaling: `"exp"` or `"linear"`.
         clip: `False` gives every pair a margin.
+        floor: the margin of the pairs that have none in the paper, in score units and at least 0.
+        margin_column: name of a column of the data with a number for each pair, which is its margin in score units. It
+            takes the place of the adaptive margin, whose five options above must keep their defaults.
+        weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
+            out.
         sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
         statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
             those of the micro-batch on all processes and the newest stored ones. Choose it near the number of pairs per
@@ -77,7 +83,8 @@ class AMaPOConfig(DPOConfig):
         TypeError: if a value has a wrong type.
         ValueError: if a value is out of range; if an option is set that belongs to another loss of `DPOTrainer`
             (`loss_type`, `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`,
-            `discopop_tau`); if `precompute_ref_log_probs` or `sync_ref_model` is set together with `reference_free`.
+            `discopop_tau`); if `precompute_ref_log_probs` or `sync_ref_model` is set together with `reference_free`; if
+            an option of the adaptive margin is set together with `margin_column`.
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
@@ -89,6 +96,13 @@ class AMaPOConfig(DPOConfig):
     )
     scaling: Scaling = field(default="exp", metadata={"help": "Scaling of the margin."})
     clip: bool = field(default=True, metadata={"help": "Give no margin to the pairs that the gate excludes."})
+    floor: float = field(default=0.0, metadata={"help": "Margin of the pairs that the gate excludes."})
+    margin_column: str | None = field(
+        default=None, metadata={"help": "Column of the data with a margin for each pair, in place of the adaptive one."}
+    )
+    weight_column: str | None = field(
+        default=None, metadata={"help": "Column of the data with a weight for each pair."}
+    )
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the SFT loss on the chosen responses."})
     statistics_window: int | None = field(
         default=None, metadata={"help": "Number of latest scores that the statistics are taken over during training."}
@@ -100,6 +114,10 @@ class AMaPOConfig(DPOConfig):
         forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
             forbidden |= dict.fromkeys(_OPTIONS_OF_A_REFERENCE, "needs a reference model, and reference_free is True")
+        if self.margin_column is not None:
+            forbidden |= dict.fromkeys(
+                _OPTIONS_OF_THE_MARGIN, "has no effect, because margin_column replaces the margin"
+            )
         for name, reason in forbidden.items():
             value, default = getattr(self, name), defaults[name]
             if value != default:
@@ -113,8 +131,23 @@ class AMaPOConfig(DPOConfig):
 
     @property
     def margin(self) -> AdaptiveMargin:
-        """The margin that `formula`, `normalize`, `scaling` and `clip` describe."""
-        return AdaptiveMargin(self.formula, self.normalize, self.scaling, self.clip)
+        """The margin that `formula`, `normalize`, `scaling`, `clip` and `floor` describe."""
+        return AdaptiveMargin(**{name: getattr(self, name) for name in _OPTIONS_OF_THE_MARGIN})
+
+
+class _CollatorWithColumns(NamedTuple):
+    """A collator that adds columns of the data to the batches of TRL's collator, which drops them."""
+
+    collator: Any
+    columns: dict[str, str]  # the column of the data, by the argument of `amapo_loss` that it becomes
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(examples)
+        for argument, column in self.columns.items():
+            if column not in examples[0]:
+                raise ValueError(f"the data has no column {column!r}, which the configuration names for {argument}")
+            batch[argument] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+        return batch
 
 
 _NO_REFERENCE: Any = object()  # stands for the reference model, so that DPOTrainer does not build a second model
@@ -159,6 +192,8 @@ class AMaPOTrainer(DPOTrainer):
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
         self._require_data_parallelism()
         self._warn()
+        if self._columns():
+            self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
         # TRL's own loss always runs, because it fills the metrics. With sft_weight > 0 it is the SFT loss. Otherwise it
@@ -166,7 +201,7 @@ class AMaPOTrainer(DPOTrainer):
         self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]
         self.loss_weights = [args.sft_weight]
         self._totals = Totals.none()  # of the pairs of this process since the last log
-        self._evaluated: list[Tensor] | None = None  # the log-probs of an evaluation so far, [B, 6] per batch
+        self._evaluated: list[dict[str, Tensor]] | None = None  # the pairs of an evaluation so far, one entry per batch
 
     def _require_data_parallelism(self) -> None:
         """Raise if several processes have the same pairs, which the statistics would count more than once."""
@@ -194,8 +229,29 @@ class AMaPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
         columns = getattr(self.train_dataset, "column_names", None) or []
-        for name in {"weight", "weights"} & set(columns):
-            warnings.warn(f"AMaPOTrainer ignores the column {name!r} of the training data", stacklevel=3)
+        for name in {"weight", "weights", "margin", "margins"} & set(columns) - set(self._columns().values()):
+            option = f"{name.removesuffix('s')}_column"
+            warnings.warn(
+                f"AMaPOTrainer ignores the column {name!r} of the training data: set {option}={name!r} to use it",
+                stacklevel=3,
+            )
+
+    def _columns(self) -> dict[str, str]:
+        """Return the columns of the data that the loss uses, by the argument of `amapo_loss` that each becomes."""
+        names = {"margin": self.args.margin_column, "weights": self.args.weight_column}
+        return {argument: column for argument, column in names.items() if column is not None}
+
+    def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch without the columns. `DPOTrainer` passes every key that it does not know to the model."""
+        return {name: value for name, value in inputs.items() if name not in self._columns()}
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return what `DPOTrainer` returns: the log-probs of the reference for a batch."""
+        return super().compute_ref_log_probs(model, self._without_columns(inputs))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self._columns().values() if name not in self._signature_columns]
 
     @property
     def ref_model(self) -> Any:
@@ -217,7 +273,7 @@ class AMaPOTrainer(DPOTrainer):
         inputs = inputs | self._reference_logps(inputs)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            trl_result = super()._compute_loss(recording_model, inputs, return_outputs)
+            trl_result = super()._compute_loss(recording_model, self._without_columns(inputs), return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
         trl_loss, *trl_outputs = trl_result if return_outputs else (trl_result,)
@@ -246,18 +302,24 @@ class AMaPOTrainer(DPOTrainer):
         counted = inputs["completion_mask"][:, 1:]
         # Tokens that do not count have log-prob 0. Prompt-learning PEFT puts virtual tokens in front; cut these off.
         chosen_logps, rejected_logps = token_logps[:, -counted.shape[1] :].sum(1).chunk(2)
-        ref_logps = [None, None]
-        if not self.args.reference_free:
-            ref_logps = [inputs[name].to(token_logps.device) for name in ("ref_chosen_logps", "ref_rejected_logps")]
-        pairs = [chosen_logps, rejected_logps, *ref_logps, *counted.sum(1).chunk(2)]
+        chosen_lengths, rejected_lengths = counted.sum(1).chunk(2)
+        pairs = {
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+        }
+        others = [] if self.args.reference_free else ["ref_chosen_logps", "ref_rejected_logps"]
+        pairs |= {name: inputs[name].to(token_logps.device) for name in [*others, *self._columns()]}
         if self._evaluated is not None:
             dtype = torch.promote_types(chosen_logps.dtype, torch.float32)  # bfloat16 would round lengths above 256
-            columns = [torch.zeros_like(chosen_logps, dtype=dtype) if x is None else x.to(dtype) for x in pairs]
-            self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack(columns, dim=1)))
+            stacked = torch.stack([column.to(dtype) for column in pairs.values()], dim=1)
+            gathered = self.accelerator.gather_for_metrics(stacked).unbind(1)
+            self._evaluated.append(dict(zip(pairs, gathered)))
             return chosen_logps.new_zeros(())  # `evaluation_loop` adds the loss of the whole evaluation set
         training = self.model.training
         loss, diagnostics = self._loss_of(
-            *pairs,
+            pairs,
             statistics=self.window if training else None,
             process_group=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
         )
@@ -267,27 +329,18 @@ class AMaPOTrainer(DPOTrainer):
 
     def _loss_of(
         self,
-        chosen_logps: Tensor,  # [B] sums, as the three that follow
-        rejected_logps: Tensor,
-        ref_chosen_logps: Tensor | None,
-        ref_rejected_logps: Tensor | None,
-        chosen_lengths: Tensor,  # [B]
-        rejected_lengths: Tensor,  # [B]
+        pairs: dict[str, Tensor],  # [B] by argument of `amapo_loss`; the log-probs are sums
         **options: Any,
     ) -> AMaPOOutput:
         """Return the loss of some pairs with the options of the configuration. Empty responses leave a pair out."""
-        if self.args.length_average:
-            options |= {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-        else:
-            options["weights"] = (chosen_lengths > 0) & (rejected_lengths > 0)
+        if not self.args.length_average:
+            pairs = dict(pairs)
+            counted = (pairs.pop("chosen_lengths") > 0) & (pairs.pop("rejected_lengths") > 0)
+            pairs["weights"] = torch.where(counted, pairs["weights"], 0) if "weights" in pairs else counted
         return amapo_loss(
-            chosen_logps,
-            rejected_logps,
-            ref_chosen_logps,
-            ref_rejected_logps,
+            **{"margin": self.args.margin} | pairs,
             beta=self.args.beta,
             label_smoothing=self.args.label_smoothing,
-            margin=self.args.margin,
             **options,
         )
 
@@ -296,11 +349,10 @@ class AMaPOTrainer(DPOTrainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **options)
-            chosen, rejected, *references, chosen_lengths, rejected_lengths = torch.cat(self._evaluated).unbind(1)
+            pairs = {name: torch.cat([batch[name] for batch in self._evaluated]) for name in self._evaluated[0]}
         finally:
             self._evaluated = None
-        ref_chosen, ref_rejected = (None, None) if self.args.reference_free else references
-        loss, diagnostics = self._loss_of(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        loss, diagnostics = self._loss_of(pairs)
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
         self._replace_metrics("eval", diagnostics.totals())
         return output

@@ -44,6 +44,7 @@ def expected_output(
     **options: Any,
 ) -> AMaPOOutput:
     """Return what `amapo_loss` gives for a collated batch, with log-probs from the logits of the model."""
+    options |= {name: batch[name] for name in ("margin", "weights") if name in batch}
     sums, lengths = summed_logps(model, batch)
     sums.requires_grad_()  # a window remembers only scores that a gradient is wanted for
     ref_sums = () if ref_model is None else summed_logps(ref_model, batch)[0].chunk(2)
@@ -55,6 +56,12 @@ def expected_output(
         rejected_lengths=rejected_lengths,
         **options,
     )
+
+
+def pairs_with_columns(n: int = 24) -> Any:
+    """Return a dataset of n pairs with a margin and a weight for each, some of which are 0."""
+    dataset = pairs(n).add_column("gap", [i % 5 / 4 for i in range(n)])
+    return dataset.add_column("importance", [i % 4 for i in range(n)])
 
 
 def first_batch(dataloader: Any) -> dict[str, Tensor]:
@@ -70,12 +77,16 @@ def first_batch(dataloader: Any) -> dict[str, Tensor]:
         {"clip": False},
         {"length_average": False, "beta": 0.1},
         {"sft_weight": 0.3},
+        {"floor": 0.5},
+        {"margin_column": "gap"},
+        {"weight_column": "importance"},
+        {"margin_column": "gap", "weight_column": "importance", "length_average": False, "beta": 0.1},
     ],
 )
 def test_the_first_step_has_the_loss_and_the_summary_of_amapo_loss(tmp_path: Path, options: dict[str, Any]) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    trainer = make_trainer(tmp_path, max_steps=1, train_dataset=pairs_with_columns(), **options)
     batch = first_batch(trainer.get_train_dataloader())
-    margin_options = ("formula", "normalize", "scaling", "clip")
+    margin_options = ("formula", "normalize", "scaling", "clip", "floor")
     loss, diagnostics = expected_output(
         trainer.model,
         batch,
@@ -154,16 +165,24 @@ def test_lora_trains_only_the_adapter(tmp_path: Path, reference_free: bool) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
-@pytest.mark.parametrize("options", [{}, {"sft_weight": 0.3}, {"length_average": False, "beta": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sft_weight": 0.3},
+        {"length_average": False, "beta": 0.1},
+        {"margin_column": "gap", "weight_column": "importance"},
+    ],
+)
 def test_evaluation_gives_the_loss_and_the_summary_of_the_whole_set(
     tmp_path: Path, batch_size: int, options: dict[str, Any]
 ) -> None:
     """They do not depend on the batch size. Evaluation neither uses nor changes the window of the training scores."""
-    whole = make_trainer(tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=8)
+    data = {"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(8)}
+    columns = {name: value for name, value in options.items() if name.endswith("_column")}
+    whole = make_trainer(tmp_path, per_device_eval_batch_size=8, **data, **columns)
     batch = first_batch(whole.get_eval_dataloader())
-    trainer = make_trainer(
-        tmp_path, eval_dataset=pairs(8), per_device_eval_batch_size=batch_size, statistics_window=16, **options
-    )
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=batch_size, statistics_window=16, **data, **options)
     loss, diagnostics = expected_output(
         trainer.model,
         batch,
@@ -178,7 +197,9 @@ def test_evaluation_gives_the_loss_and_the_summary_of_the_whole_set(
         assert log[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
     assert trainer.window.seen == 0
     trainer.train()
-    assert trainer.window.seen == 8
+    left_out = sum(log.get("amapo/left_out", 0) for log in trainer.state.log_history)
+    assert (left_out > 0) == bool(columns)
+    assert trainer.window.seen == 8 - left_out
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -237,7 +258,14 @@ def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_averag
     [
         ({"length_average": False}, "beta=2 is meant for averaged log-probs, and length_average is False"),
         ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
-        ({"train_dataset": pairs(8).add_column("weight", [1.0] * 8)}, "ignores the column 'weight' of the training"),
+        (
+            {"train_dataset": pairs(8).add_column("weight", [1.0] * 8)},
+            "column 'weight'.*: set weight_column='weight' to",
+        ),
+        (
+            {"train_dataset": pairs(8).add_column("margins", [1.0] * 8)},
+            "column 'margins'.*: set margin_column='margins'",
+        ),
     ],
 )
 def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
@@ -245,6 +273,24 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, **options)
+
+
+def test_the_reference_never_sees_the_columns(tmp_path: Path) -> None:
+    """`DPOTrainer` passes every key of a batch that it does not know to the model."""
+    columns = {"train_dataset": pairs_with_columns(), "margin_column": "gap", "weight_column": "importance"}
+    options = {"ref_model": tiny_llama(seed=7), "reference_free": False, "max_steps": 1, "beta": 0.5, **columns}
+    losses = []
+    for precompute in (False, True):
+        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precompute, **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, weight_column="importance")
+    with pytest.raises(ValueError, match="the data has no column 'importance', which the configuration names for weig"):
+        trainer.train()
 
 
 def test_the_trainer_refuses_tensor_parallelism(tmp_path: Path) -> None:
@@ -367,6 +413,11 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
         ({"label_smoothing": 0.5}, "label_smoothing must be >= 0 and < 0.5, got 0.5"),
         ({"sft_weight": -1.0}, "sft_weight must be >= 0 and finite, got -1.0"),
         ({"statistics_window": 0}, "statistics_window must be at least 1, got 0"),
+        ({"floor": -1.0}, "floor must be >= 0 and finite, got -1.0"),
+        (
+            {"margin_column": "gap", "floor": 0.5},
+            "floor has no effect, because margin_column replaces the margin: leave it at 0.0, got 0.5",
+        ),
     ],
 )
 def test_the_config_rejects_unused_options_and_values_out_of_range(

@@ -16,6 +16,7 @@ from amapo_loss import (
     sequence_logps,
     simpo_loss,
 )
+from tests.support.backends import on_gpu, to_device, triton_loss
 from tests.support.generators import COMPILERS, every_loss, every_margin, gradients, random_logps, score_statistics
 
 
@@ -54,6 +55,31 @@ def test_every_margin_compiles(margin: AdaptiveMargin) -> None:
         actual = compiled(*random_logps(8), margin=margin, statistics=supplied)
         expected = amapo_loss(*random_logps(8), margin=margin, statistics=supplied)
         torch.testing.assert_close(actual.loss, expected.loss)
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "number": {"margin": 0.5},
+    "tensor": {"margin": torch.linspace(0, 1, 8)},
+    "function": {"margin": lambda scores, statistics: scores - statistics.mean.to(scores.dtype)},
+    "weights": {"weights": torch.arange(8)},
+    "beta": {"beta": torch.tensor(0.7)},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=on_gpu)])
+@pytest.mark.parametrize("options", GIVEN.values(), ids=GIVEN)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
+def test_given_margins_weights_and_beta_compile(backend: Any, options: dict[str, Any]) -> None:
+    device = triton_loss.device if backend == "triton" else "cpu"
+    inputs = [x.to(device) for x in random_logps(8)]
+    arguments: dict[str, Any] = {"backend": backend} | to_device(options, device)
+    actual, expected = (
+        function(*inputs, **arguments)
+        for function in (torch.compile(amapo_loss, fullgraph=True, backend="aot_eager"), amapo_loss)
+    )
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(gradients(actual, inputs), gradients(expected, inputs))
+    torch.testing.assert_close(actual.diagnostics.summary(), expected.diagnostics.summary())
 
 
 def test_the_other_losses_and_the_module_compile() -> None:
@@ -136,17 +162,20 @@ def test_nothing_synchronizes_with_the_device(margin: AdaptiveMargin) -> None:
         logps = [torch.empty(8, requires_grad=True) for _ in range(4)]
         lengths = {"chosen_lengths": torch.ones(8), "rejected_lengths": torch.ones(8)}
         weights = {"weights": torch.ones(8, dtype=torch.bool)}
+        numbers = {"weights": torch.ones(8), "beta": torch.tensor(2.0)}
         for options in (
             {},
             {"statistics": score_statistics(0.3, 1.0)},
             {"statistics": ScoreWindow(4)},
             lengths,
             weights,
+            numbers,
+            {"margin": torch.ones(8)},
+            {"margin": lambda scores, statistics: scores - statistics.mean},
         ):
             for reduction in ("mean", "sum", "none"):
-                loss, diagnostics = amapo_loss(
-                    *logps, margin=margin, label_smoothing=0.1, reduction=reduction, **options
-                )
+                arguments: dict[str, Any] = {"margin": margin, "label_smoothing": 0.1, "reduction": reduction} | options
+                loss, diagnostics = amapo_loss(*logps, **arguments)
                 loss.sum().backward()
                 totals = diagnostics.totals() + diagnostics.totals() + Totals.none()
                 for summary in (diagnostics.summary(), totals.summary()):

@@ -106,6 +106,32 @@ def test_the_summary_counts_nonfinite_pairs(loss_fn: OnBackend) -> None:
     assert loss_fn(chosen, rejected).diagnostics.summary()["amapo/nonfinite"] == 3
 
 
+@every_backend
+def test_the_weighted_summary_has_the_values_computed_by_hand(loss_fn: OnBackend) -> None:
+    """The scores are 0.8, -0.2 and 1.4, as above, and the weights 1, 3 and 4, whose sum is 8."""
+    chosen, rejected = torch.tensor([-1.0, -1.2, -0.9]), torch.tensor([-1.4, -1.1, -1.6])
+    summary = loss_fn(chosen, rejected, beta=2.0, weights=torch.tensor([1.0, 3.0, 4.0])).diagnostics.summary()
+    expected = {
+        "rewards/chosen": 2 * (-1.0 * 1 - 1.2 * 3 - 0.9 * 4) / 8,
+        "rewards/rejected": 2 * (-1.4 * 1 - 1.1 * 3 - 1.6 * 4) / 8,
+        "rewards/accuracies": (1 + 4) / 8,
+        "rewards/margins": (0.8 * 1 - 0.2 * 3 + 1.4 * 4) / 8,
+        "logps/chosen": (-1.0 * 1 - 1.2 * 3 - 0.9 * 4) / 8,
+        "logps/rejected": (-1.4 * 1 - 1.1 * 3 - 1.6 * 4) / 8,
+        "amapo/score_mean": 2 / 3,  # like the standard deviation, not weighted
+        "amapo/score_std": 0.80829,
+        "amapo/margin_mean": 4.08762 * 3 / 8,
+        "amapo/margin_max": 4.08762,
+        "amapo/margin_active": 3 / 8,
+        "amapo/margin_accuracies": (1 + 4) / 8,
+        "amapo/gradient_weight_correct": (0.310026 * 1 + 0.197816 * 4) / 5,
+        "amapo/gradient_weight_misranked": 0.986449,
+        "amapo/nonfinite": 0.0,
+        "amapo/left_out": 0.0,
+    }
+    assert {name: value.item() for name, value in summary.items()} == pytest.approx(expected, abs=2e-5)
+
+
 def test_dpo_has_the_same_diagnostics() -> None:
     policy, ref = random_logps(8), random_logps(8, seed=1)
     _, diagnostics = dpo_loss(policy[0], policy[1], ref[0], ref[1], beta=0.1)
@@ -116,13 +142,20 @@ def test_dpo_has_the_same_diagnostics() -> None:
 
 @every_backend
 @settings(deadline=None)
-@given(batches(), loss_options, st.lists(st.floats(0, 1), max_size=6), st.booleans(), st.integers(0, 2**31))
+@given(
+    batches(),
+    loss_options,
+    st.lists(st.floats(0, 1), max_size=6),
+    st.sampled_from(["none", "bool", "numbers"]),
+    st.integers(0, 2**31),
+)
 def test_the_summary_of_any_split_is_that_of_the_whole_set(
-    loss_fn: OnBackend, batch: Batch, options: Options, cuts: list[float], with_weights: bool, seed: int
+    loss_fn: OnBackend, batch: Batch, options: Options, cuts: list[float], weights_kind: str, seed: int
 ) -> None:
     """The parts have supplied statistics, so that their margins do not depend on the split."""
     inputs, n = float32_logps(batch), len(batch[0])
-    weights = torch.rand(n, generator=torch.Generator().manual_seed(seed)) > 0.3 if with_weights else None
+    drawn = 4 * torch.rand(n, generator=torch.Generator().manual_seed(seed)) - 1
+    weights = {"none": None, "bool": drawn > 0, "numbers": drawn.clamp(min=0)}[weights_kind]
     statistics = loss_fn(*inputs, **options).diagnostics.statistics
     whole = loss_fn(*inputs, **options, statistics=statistics, weights=weights).diagnostics
     bounds = [0, *sorted(int(cut * n) for cut in cuts), n]

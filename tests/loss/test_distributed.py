@@ -26,6 +26,13 @@ PAIRS_PER_RANK = {  # number of pairs on each of four ranks; with fewer ranks, t
     "none": (0, 0, 0, 0),
 }
 SUPPLIED = ScoreStatistics(torch.tensor(0.4), torch.tensor(1.2), torch.tensor(99))
+
+
+def standardized(scores: Tensor, statistics: ScoreStatistics) -> Tensor:
+    """Return margins that need the statistics of all ranks."""
+    return (scores - statistics.mean) / statistics.std.clamp(min=1e-3)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": "sum"},
@@ -35,6 +42,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "triton": {"backend": "triton"},
     "triton, sum": {"backend": "triton", "reduction": "sum"},
     "triton, supplied": {"backend": "triton", "statistics": SUPPLIED},
+    "number": {"margin": 0.4},
+    "function": {"margin": standardized},
+    "triton, function": {"margin": standardized, "backend": "triton"},
+    "beta": {"beta": torch.tensor(0.7)},
+    "weights": {},
+    "triton, weights": {"backend": "triton"},
+    "given margins": {},
+}
+# Options that have one entry per pair, as functions of the number of pairs of all ranks.
+OPTIONS_PER_PAIR: dict[str, dict[str, Any]] = {
+    "weights": {"weights": lambda n: torch.arange(n) % 4 / 3},
+    "triton, weights": {"weights": lambda n: torch.arange(n) % 4 / 3},
+    "given margins": {"margin": lambda n: torch.arange(n) % 5 / 4},
 }
 CASES = [(split, option) for split in PAIRS_PER_RANK for option in OPTIONS]
 
@@ -78,7 +98,10 @@ def compute_all_cases(rank: int, group: dist.ProcessGroup) -> dict[Any, Any]:
     for split, option in CASES:
         sizes = PAIRS_PER_RANK[split][:world]
         pairs = pairs_of_rank(pairs_of_all_ranks(sum(sizes)), sizes, rank)
-        results[split, option] = loss_outputs(pairs, process_group=group, **OPTIONS[option])
+        per_pair = {
+            name: values(sum(sizes)).split(sizes)[rank] for name, values in OPTIONS_PER_PAIR.get(option, {}).items()
+        }
+        results[split, option] = loss_outputs(pairs, process_group=group, **OPTIONS[option] | per_pair)
     for kind in (EQUAL_SCORES, LARGE_MEAN):
         for backend in ("torch", "triton"):
             sizes = PAIRS_PER_RANK_ROUNDING[:world]
@@ -94,7 +117,8 @@ def test_several_ranks_compute_what_one_process_computes(world: int) -> None:
     for split, option in CASES:
         sizes, options = PAIRS_PER_RANK[split][:world], OPTIONS[option]
         ranks = [result[split, option] for result in results]
-        expected = loss_outputs(pairs_of_all_ranks(sum(sizes)), **options | {"backend": "torch"})
+        per_pair = {name: values(sum(sizes)) for name, values in OPTIONS_PER_PAIR.get(option, {}).items()}
+        expected = loss_outputs(pairs_of_all_ranks(sum(sizes)), **options | per_pair | {"backend": "torch"})
         for other in ranks[1:]:  # all ranks have bitwise the same statistics
             assert all(map(torch.equal, ranks[0]["statistics"], other["statistics"]))
         torch.testing.assert_close(

@@ -39,8 +39,8 @@ from tests.support.generators import (
 def test_one_pair_is_simpo_with_gamma_0(loss_fn: OnBackend, margin: AdaptiveMargin, reduction: Any) -> None:
     chosen, rejected = random_logps(1)
     loss, diagnostics = loss_fn(chosen, rejected, margin=margin, reduction=reduction)
-    torch.testing.assert_close(loss, simpo_loss(chosen, rejected, gamma=0.0, reduction=reduction).loss)
-    assert diagnostics.margins.tolist() == [0.0]
+    torch.testing.assert_close(loss, simpo_loss(chosen, rejected, gamma=margin.floor, reduction=reduction).loss)
+    assert diagnostics.margins.tolist() == [pytest.approx(margin.floor)]
     assert diagnostics.statistics.std == 0
     assert diagnostics.statistics.count == 1
 
@@ -67,7 +67,7 @@ def test_equal_scores_get_no_margin(
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float16
     pairs = (torch.full((n,), chosen, dtype=dtype), torch.full((n,), rejected, dtype=dtype))
-    assert not loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins.any()
+    assert torch.all(loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins == torch.tensor(margin.floor))
 
 
 @every_backend
@@ -81,7 +81,7 @@ def test_scores_that_differ_only_by_rounding_get_no_margin(
     rejected = rng.uniform(-900, -100, n)
     refs = (rejected + 3.0, rejected) if with_ref else ()
     batch = [torch.tensor(x, dtype=torch.float32) for x in (rejected + difference, rejected, *refs)]
-    assert not loss_fn(*batch, margin=margin).diagnostics.margins.any()
+    assert torch.all(loss_fn(*batch, margin=margin).diagnostics.margins == torch.tensor(margin.floor))
 
 
 @every_backend
@@ -298,6 +298,47 @@ def test_a_batch_whose_pairs_are_all_left_out_backpropagates(loss_fn: Any, reduc
     for value in ("amapo/score_mean", "amapo/score_std"):
         summary.pop(value)
     assert not any(summary.values())
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nonfinite_weight_makes_the_loss_nan(loss_fn: OnBackend, reduction: Any, bad: float) -> None:
+    weights = torch.tensor([1.0, 2.0, bad, 1.0])
+    loss, diagnostics = loss_fn(*random_logps(4), weights=weights, reduction=reduction)
+    assert not loss.isfinite()
+    assert diagnostics.summary()["amapo/nonfinite"] == 1
+
+
+@every_backend
+def test_a_nonfinite_given_margin_makes_the_loss_nan(loss_fn: OnBackend) -> None:
+    loss, diagnostics = loss_fn(*random_logps(4), margin=torch.tensor([0.0, math.nan, 0.0, 0.0]), reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, False]
+    summary = diagnostics.summary()
+    assert summary["amapo/margin_mean"].isnan()
+    assert summary["amapo/margin_max"].isnan()
+
+
+@every_backend
+def test_a_nonfinite_score_with_a_given_margin_concerns_its_pair_alone(loss_fn: OnBackend) -> None:
+    chosen, rejected = (x.detach().clone() for x in random_logps(4))
+    chosen[1] = math.inf
+    for margin in (0.5, torch.full((4,), 0.5)):
+        loss = loss_fn(chosen, rejected, margin=margin, reduction="none").loss
+        assert loss.isnan().tolist() == [False, True, False, False]
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "margin", [0.5, torch.zeros(0), lambda scores, _: scores], ids=["number", "tensor", "function"]
+)
+def test_an_empty_batch_takes_every_kind_of_margin_and_weights(loss_fn: OnBackend, margin: Any) -> None:
+    inputs = random_logps(0)
+    for weights in (torch.zeros(0), torch.zeros(0, dtype=torch.bool)):
+        loss, diagnostics = loss_fn(*inputs, margin=margin, weights=weights, beta=torch.tensor(2.0))
+        assert loss == 0
+        assert all(gradient.shape == (0,) for gradient in torch.autograd.grad(loss, inputs))
+        assert diagnostics.summary()["amapo/margin_max"] == 0
 
 
 @every_backend

@@ -47,8 +47,12 @@ PAIR_TENSORS: list[Case] = [
     ({"chosen_lengths": 3, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or floating"),
     ({"chosen_lengths": LOGPS > 0, "rejected_lengths": LOGPS}, TypeError, "chosen_lengths must be an integer or"),
     ({"chosen_lengths": LOGPS, "rejected_lengths": LOGPS[None]}, ValueError, "rejected_lengths has shape (1, 4)"),
-    ({"weights": LOGPS}, TypeError, "weights must be a bool tensor, got a tensor of torch.float32"),
-    ({"weights": [True] * 4}, TypeError, "weights must be a bool tensor, got list"),
+    (
+        {"weights": LOGPS.to(torch.complex64)},
+        TypeError,
+        "weights must be a bool, integer or floating tensor, got a tensor of torch.complex64",
+    ),
+    ({"weights": [True] * 4}, TypeError, "weights must be a bool, integer or floating tensor, got list"),
     ({"weights": LOGPS[:3] > 0}, ValueError, "weights has shape (3,), expected that of chosen_logps, (4,)"),
     ({"weights": (LOGPS > 0).to(META)}, ValueError, "weights is on meta, expected the device of chosen_logps"),
 ]
@@ -58,9 +62,10 @@ OPTIONS_OF_ALL_LOSSES: list[Case] = [
     ({"beta": -1.0}, ValueError, "beta must be > 0 and finite, got -1.0"),
     ({"beta": math.nan}, ValueError, "beta must be > 0 and finite, got nan"),
     ({"beta": math.inf}, ValueError, "beta must be > 0 and finite, got inf"),
-    ({"beta": torch.tensor(1.0)}, TypeError, "beta must be a Python number, got a tensor of torch.float32"),
-    ({"beta": True}, TypeError, "beta must be a Python number, got bool"),
-    ({"beta": "2"}, TypeError, "beta must be a Python number, got str"),
+    ({"beta": torch.tensor(1)}, TypeError, "beta must be a floating tensor, got a tensor of torch.int64"),
+    ({"beta": LOGPS}, ValueError, "beta must be 0-dim on cpu, got shape (4,) on cpu"),
+    ({"beta": True}, TypeError, "beta must be a Python number or a 0-dim tensor, got bool"),
+    ({"beta": "2"}, TypeError, "beta must be a Python number or a 0-dim tensor, got str"),
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be >= 0 and < 0.5, got -0.1"),
     ({"label_smoothing": 0.5}, ValueError, "label_smoothing must be >= 0 and < 0.5, got 0.5"),
     ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be >= 0 and < 0.5, got nan"),
@@ -70,8 +75,15 @@ OPTIONS_OF_ALL_LOSSES: list[Case] = [
 ]
 AMAPO_OPTIONS: list[Case] = [
     *OPTIONS_OF_ALL_LOSSES,
-    ({"margin": 0.5}, TypeError, "margin must be an AdaptiveMargin, got float"),
-    ({"margin": None}, TypeError, "margin must be an AdaptiveMargin, got NoneType"),
+    (
+        {"margin": None},
+        TypeError,
+        "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a function, got NoneType",
+    ),
+    ({"margin": AdaptiveMargin}, TypeError, "or a function, got the class AdaptiveMargin"),
+    ({"margin": True}, TypeError, "margin must be a Python number, got bool"),
+    ({"margin": math.nan}, ValueError, "margin must be finite, got nan"),
+    ({"margin": LOGPS > 0}, TypeError, "margin must be an integer or floating tensor, got a tensor of torch.bool"),
     ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
     (
         {"process_group": "world"},
@@ -95,6 +107,17 @@ SUPPLIED_STATISTICS: list[Case] = [
 ]
 
 
+TENSORS_OF_A_BATCH: list[Case] = [  # these do not fit the log-probs, which a module does not know when it is built
+    ({"beta": torch.tensor(1.0, device=META)}, ValueError, "beta must be 0-dim on cpu, got shape () on meta"),
+    ({"margin": LOGPS[:3]}, ValueError, "margin has shape (3,), expected that of chosen_logps, (4,)"),
+    ({"margin": LOGPS[0]}, ValueError, "margin has shape (), expected that of chosen_logps, (4,)"),
+    ({"margin": LOGPS.to(META)}, ValueError, "margin is on meta, expected the device of chosen_logps, cpu"),
+    ({"margin": lambda *_: 0.5}, TypeError, "the result of margin must be an integer or floating tensor, got float"),
+    ({"margin": lambda scores, _: scores[:3]}, ValueError, "the result of margin has shape (3,), expected that of"),
+    ({"margin": lambda scores, _: scores.to(META)}, ValueError, "the result of margin is on meta, expected the device"),
+]
+
+
 def with_each_of(*tables: list[Case]) -> pytest.MarkDecorator:
     """Run a test with every case of the tables."""
     cases = [case for table in tables for case in table]
@@ -106,7 +129,7 @@ def raises(error: type[Exception], message: str) -> Any:
     return pytest.raises(error, match=re.escape(message))
 
 
-@with_each_of(PAIR_TENSORS, AMAPO_OPTIONS, SUPPLIED_STATISTICS)
+@with_each_of(PAIR_TENSORS, AMAPO_OPTIONS, SUPPLIED_STATISTICS, TENSORS_OF_A_BATCH)
 def test_amapo_loss_rejects_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with raises(error, message):
         amapo_loss(**{"chosen_logps": LOGPS, "rejected_logps": LOGPS} | wrong)
@@ -154,6 +177,9 @@ def test_dpo_loss_requires_both_references() -> None:
         ({"scaling": ["exp"]}, ValueError, "scaling must be one of 'exp', 'linear', got ['exp']"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
         ({"clip": None}, TypeError, "clip must be True or False, got None"),
+        ({"floor": -0.1}, ValueError, "floor must be >= 0 and finite, got -0.1"),
+        ({"floor": torch.tensor(1.0)}, TypeError, "floor must be a Python number, got a tensor of torch.float32"),
+        ({"floor": 1.0, "clip": False}, ValueError, "floor must be 0 with clip=False, which excludes no pair, got 1.0"),
     ],
 )
 def test_adaptive_margin_rejects_wrong_options(wrong: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,10 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"margin": AdaptiveMargin(normalize=False)}, {"loss", "margins", "gradient_weights"}),
     ({"margin": AdaptiveMargin(scaling="linear")}, {"loss", "margins", "gradient_weights"}),
     ({"margin": AdaptiveMargin(clip=False)}, {"loss", "margins", "gradient_weights"}),
+    ({"margin": AdaptiveMargin(floor=0.5)}, {"loss", "margins", "gradient_weights"}),
+    ({"margin": 0.5}, {"loss", "margins", "gradient_weights"}),
+    ({"margin": torch.arange(17)}, {"loss", "margins", "gradient_weights"}),
+    ({"margin": lambda scores, _: scores / 2}, {"loss", "margins", "gradient_weights"}),
     ({"statistics": score_statistics(0.4, 2.0)}, {"loss", "margins", "gradient_weights"}),
     (
         {"ref_chosen_logps": torch.full((17,), -0.3), "ref_rejected_logps": torch.zeros(17)},
@@ -238,6 +243,8 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"chosen_lengths": torch.full((17,), 2), "rejected_lengths": torch.full((17,), 3)}, PER_PAIR | {"loss"}),
     # Leaving pairs out changes the statistics, and with them the margins of the others.
     ({"weights": torch.arange(17) % 5 > 0}, PER_PAIR | {"loss"}),
+    # Weights above 0 change neither the statistics nor the margins.
+    ({"weights": torch.arange(1, 18)}, {"loss", "gradient_weights"}),
     ({"reduction": "sum"}, {"loss"}),
 ]
 
@@ -264,6 +271,118 @@ def test_every_argument_has_a_row_in_changes() -> None:
         "backend",
     }
     assert names == {name for changed, _ in CHANGES for name in changed}
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("margin", [AdaptiveMargin(), 0.5], ids=["adaptive", "constant"])
+def test_a_weight_of_k_is_the_pair_k_times(loss_fn: OnBackend, reduction: Any, margin: Any) -> None:
+    """This holds for the loss, the gradients and the weighted entries of the summary, with the same statistics."""
+    inputs, repeats = random_logps(6), torch.tensor([3, 1, 0, 2, 1, 4])
+    repeated = [x.detach().repeat_interleave(repeats).requires_grad_() for x in inputs]
+    options: dict[str, Any] = {"statistics": score_statistics(0.4, 1.1), "margin": margin, "reduction": reduction}
+    weighted, expected = loss_fn(*inputs, weights=repeats, **options), loss_fn(*repeated, **options)
+    torch.testing.assert_close(weighted.loss, expected.loss)
+    for actual, of_copies in zip(gradients(weighted, inputs), gradients(expected, repeated)):
+        added = torch.zeros(6).index_add(0, torch.arange(6).repeat_interleave(repeats), of_copies)
+        torch.testing.assert_close(actual, added)
+    unweighted = {"amapo/score_mean", "amapo/score_std", "amapo/left_out"}
+    summaries = [
+        {name: value for name, value in output.diagnostics.summary().items() if name not in unweighted}
+        for output in (weighted, expected)
+    ]
+    torch.testing.assert_close(*summaries)
+
+
+@every_backend
+@settings(deadline=None)
+@given(batches(), loss_options, st.sampled_from(MARGINS), st.sampled_from([0.25, 2.0, 1024.0]))
+def test_a_common_factor_of_the_weights_changes_nothing_in_the_mean(
+    loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin, factor: float
+) -> None:
+    inputs = float32_logps(batch)
+    weights = torch.rand(len(inputs[0]), generator=torch.Generator().manual_seed(0)) + 0.5
+    outputs = [loss_fn(*inputs, weights=w, margin=margin, **options) for w in (weights, factor * weights)]
+    # The factors are powers of two, so that only the division of the loss rounds differently.
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=1e-6, atol=0)
+    assert torch.equal(outputs[1].diagnostics.margins, outputs[0].diagnostics.margins)
+
+
+@every_backend
+@settings(deadline=None)
+@given(batches(), loss_options)
+def test_margins_may_be_given_in_any_form(loss_fn: OnBackend, batch: Batch, options: Options) -> None:
+    """The adaptive margins, given as a tensor or by a function, give the same loss and gradients."""
+    inputs = float32_logps(batch)
+    adaptive = loss_fn(*inputs, **options)
+    margins = adaptive.diagnostics.margins
+    for margin in (margins, margins.double(), lambda scores, _: margins.to(scores)):
+        given_margins = loss_fn(*inputs, **options, margin=margin)
+        assert torch.equal(given_margins.loss, adaptive.loss)
+        assert torch.equal(given_margins.diagnostics.margins, margins)
+        for actual, expected in zip(gradients(given_margins, inputs), gradients(adaptive, inputs)):
+            assert torch.equal(actual, expected)
+
+
+@every_backend
+def test_a_margin_function_gets_the_scores_and_the_statistics(loss_fn: OnBackend) -> None:
+    """The statistics are those that an adaptive margin would be made from. Pairs that are left out have score NaN."""
+    inputs, weights = random_logps(9), torch.arange(9) % 3
+    calls: list[Any] = []
+
+    def margin(scores: torch.Tensor, statistics: ScoreStatistics) -> torch.Tensor:
+        calls.append((scores, statistics, torch.is_grad_enabled()))
+        return 0.1 * (scores - statistics.mean.to(scores.dtype)) / statistics.std.to(scores.dtype)
+
+    for supplied in (None, score_statistics(0.4, 1.1), ScoreStatistics.of):
+        output = loss_fn(*inputs, weights=weights, statistics=supplied, margin=margin, reduction="sum")
+        expected = loss_fn(*inputs, weights=weights, statistics=supplied).diagnostics
+        scores, statistics, grad_enabled = calls.pop()
+        assert torch.equal(scores.isnan().cpu(), weights == 0)
+        assert not grad_enabled
+        assert not scores.requires_grad
+        torch.testing.assert_close(scores.cpu()[weights > 0], expected.scores[weights > 0])
+        for actual, value in zip(statistics, expected.statistics):
+            torch.testing.assert_close(actual.cpu().double(), value.double())
+        torch.testing.assert_close(output.diagnostics.statistics.mean.double(), expected.statistics.mean.double())
+        z = (expected.scores - expected.statistics.mean) / expected.statistics.std
+        torch.testing.assert_close(output.diagnostics.margins, torch.where(weights > 0, 0.1 * z, 0).float())
+
+
+@every_backend
+def test_no_gradient_reaches_margins_weights_and_beta(loss_fn: OnBackend) -> None:
+    inputs = random_logps(5)
+    others = [torch.ones(5, requires_grad=True), torch.ones(5, requires_grad=True), torch.tensor(2.0).requires_grad_()]
+    margins, weights, beta = others
+    for margin in (margins, lambda scores, _: margins.to(scores.device) + scores):
+        loss = loss_fn(*inputs, margin=margin, weights=weights, beta=beta).loss
+        assert not any(x is not None for x in torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True))
+        assert all(gradient.any() for gradient in torch.autograd.grad(loss, inputs))
+
+
+@every_backend
+@settings(deadline=None)
+@given(batches(), loss_options, st.sampled_from(MARGINS))
+def test_beta_may_be_a_tensor(loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin) -> None:
+    """It gives what the Python number gives, up to the rounding of the tensor to float32."""
+    inputs, beta = float32_logps(batch), float(np.float32(options["beta"]))
+    expected = loss_fn(*inputs, **options | {"beta": beta}, margin=margin, reduction="none")
+    for dtype in (torch.float32, torch.float64):
+        tensor: Any = torch.tensor(beta, dtype=dtype)
+        actual = loss_fn(*inputs, **options | {"beta": tensor}, margin=margin, reduction="none")
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(actual.diagnostics.scores, expected.diagnostics.scores)
+        assert torch.equal(gradients(actual, inputs)[0], gradients(expected, inputs)[0])
+
+
+@every_backend
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_tensor_that_is_no_valid_beta_makes_the_loss_nan(loss_fn: OnBackend, beta: float) -> None:
+    """An error would need the value on the host."""
+    for margin in (AdaptiveMargin(), 0.5):
+        loss, diagnostics = loss_fn(*random_logps(5), beta=torch.tensor(beta), margin=margin)
+        assert loss.isnan()
+        assert diagnostics.summary()["amapo/nonfinite"] == 5
 
 
 def test_gamma_changes_simpo_and_the_reference_changes_dpo() -> None:

@@ -40,6 +40,8 @@ EXP_RELEASED = [2 * math.exp(z * MEAN / 2) for z in Z]
         (AdaptiveMargin("released", scaling="linear"), [0, 2 * Z[1] * MEAN / 2, 0]),
         (AdaptiveMargin("released", normalize=False), [0, 2 * math.exp(MEAN / 2), 0]),
         (AdaptiveMargin("released", normalize=False, scaling="linear"), [0, MEAN, 0]),
+        (AdaptiveMargin(floor=0.5), [0.5, EXP[1], 0.5]),
+        (AdaptiveMargin("released", floor=0.5), [0.5, EXP_RELEASED[1], 0.5]),
     ],
 )
 def test_every_option_gives_the_margins_of_its_equation(margin: AdaptiveMargin, expected: list[float]) -> None:

@@ -69,6 +69,18 @@ def test_passes_every_option_to_amapo_loss() -> None:
     assert torch.equal(AMaPOLoss(**options)(*inputs)[0], amapo_loss(*inputs, **options).loss)
 
 
+def test_margins_of_a_call_replace_those_of_the_module() -> None:
+    loss_fn, inputs, margins = AMaPOLoss(margin=0.3), random_logps(6), torch.linspace(0, 1, 6)
+    assert torch.equal(loss_fn(*inputs, margin=margins)[0], amapo_loss(*inputs, margin=margins).loss)
+    assert torch.equal(loss_fn(*inputs)[0], amapo_loss(*inputs, margin=0.3).loss)
+
+
+def test_beta_may_change_from_call_to_call() -> None:
+    loss_fn, inputs = AMaPOLoss(), random_logps(6)
+    loss_fn.beta = torch.tensor(0.7)
+    assert torch.equal(loss_fn(*inputs)[0], amapo_loss(*inputs, beta=0.7).loss)
+
+
 def test_keeps_the_diagnostics_of_the_last_call() -> None:
     loss_fn = AMaPOLoss()
     assert loss_fn.diagnostics is None

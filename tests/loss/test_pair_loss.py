@@ -122,16 +122,18 @@ def operator_arguments(n: int = 9, **changed: Any) -> list[Any]:
         "chosen_lengths": None,
         "rejected_lengths": None,
         "weights": None,
+        "given_margins": None,
         "mean": None,
         "std": None,
         "rank_moments": None,
         "beta_tensor": None,
         "beta": 2.0,
         "label_smoothing": 0.1,
-        "paper": True,
+        "formula": "paper",
         "normalize": True,
         "exponential": True,
         "clip": True,
+        "constant_margin": 0.0,
         "reduction": "mean",
         "with_gradient": True,
     }
@@ -147,8 +149,11 @@ def operator_arguments(n: int = 9, **changed: Any) -> list[Any]:
         {"ref_chosen_logps": torch.zeros(9), "ref_rejected_logps": torch.ones(9).bfloat16()},
         {"chosen_lengths": torch.arange(9), "rejected_lengths": torch.ones(9)},
         {"weights": torch.arange(9) > 3},
+        {"weights": torch.linspace(0, 2, 9)},
+        {"given_margins": torch.linspace(0, 2, 9), "formula": None},
+        {"formula": None, "constant_margin": 0.5},
         {"mean": torch.tensor(0.3), "std": torch.tensor(1.0, dtype=torch.float64)},
-        {"rank_moments": torch.tensor([[3, 0.1, 2.0], [6, 0.2, 3.0]], dtype=torch.float64)},
+        {"rank_moments": torch.tensor([[3, 0.1, 2.0, 3.0], [6, 0.2, 3.0, 6.0]], dtype=torch.float64)},
         {"beta_tensor": torch.tensor(3.0)},
     ],
     ids=lambda changed: "-".join(changed) or "plain",
@@ -160,7 +165,7 @@ def test_opcheck_accepts_the_loss_operator(changed: dict[str, Any]) -> None:
 
 def test_opcheck_accepts_the_moments_operator() -> None:
     arguments = operator_arguments()
-    pairs, beta_arguments = arguments[:7], arguments[10:12]
+    pairs, beta_arguments = arguments[:7], arguments[11:13]
     torch.library.opcheck(torch.ops.amapo_loss.moments.default, [*pairs, *beta_arguments])
 
 
@@ -245,7 +250,7 @@ def test_all_kernels_compile_for_gpus_that_are_not_present(architecture: str, tm
     lines = result.stdout.splitlines()
     linear_head_kernels = ["_update_kernel", "_gradient_kernel", "_gradient_kernel"] * 2
     online_lse_kernels = linear_head_kernels + ["_update_kernel", "_gradient_kernel"] * 3
-    pair_loss_kernels = ["_one_launch_kernel"] * 6 + ["_statistics_kernel", "_loss_kernel"] * 2
+    pair_loss_kernels = ["_one_launch_kernel"] * 9 + ["_statistics_kernel", "_loss_kernel"] * 3
     assert [line.split()[0] for line in lines] == online_lse_kernels + pair_loss_kernels
     # A fused multiply-add in the loss kernels could give margins to equal scores.
     assert all(line.endswith(" 0 fusible") for line in lines[len(online_lse_kernels) :])

@@ -77,35 +77,41 @@ def compile_online_lse() -> None:
 
 
 def compile_pair_loss() -> None:
-    """Launch the kernels of `pair_loss` with one and with two launches, each without and with all optional inputs."""
+    """Launch the kernels of `pair_loss` with one and with two launches, each without and with all optional inputs.
+
+    The third launch of each size has given margins and numbers as weights.
+    """
     for n in (1, 100, 8192, 1 << 24):
-        for with_optional in (False, True):
+        for with_optional, given in ((False, False), (True, False), (True, True)):
             dtype = torch.bfloat16 if with_optional else torch.float32
             chosen_logps, rejected_logps = empty(n, dtype=dtype), empty(n, dtype=dtype)
-            optional: list[Tensor | None] = [None] * 9
+            optional: list[Tensor | None] = [None] * 10
             if with_optional:
                 optional = [
                     chosen_logps,  # as ref_chosen_logps
                     rejected_logps,  # as ref_rejected_logps
                     empty(n, dtype=torch.int64),  # chosen_lengths
                     empty(n, dtype=torch.int64),  # rejected_lengths
-                    empty(n, dtype=torch.bool),  # weights
+                    empty(n, dtype=torch.float32 if given else torch.bool),  # weights
+                    empty(n) if given else None,  # given_margins
                     empty(),  # mean
                     empty(),  # std
-                    empty(3, 3),  # rank_moments, of three ranks
+                    empty(3, 4),  # rank_moments, of three ranks
                     empty(),  # beta_tensor
                 ]
-            paper = normalize = exponential = clip = not with_optional
+            formula = None if given else "released" if with_optional else "paper"
+            normalize = exponential = clip = not with_optional
             pair_loss._launch(
                 chosen_logps,
                 rejected_logps,
                 *optional,
                 beta=2.0,
                 label_smoothing=0.1,
-                paper=paper,
+                formula=formula,
                 normalize=normalize,
                 exponential=exponential,
                 clip=clip,
+                constant_margin=0.5,
                 reduction="none" if with_optional else "mean",
                 with_gradient=with_optional or n > 1,
             )
