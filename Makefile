@@ -8,10 +8,13 @@ PACKAGES := amapo_loss kernels benchmarks tests
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo test lint bench head trainer estimators runs figures tables gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head trainer estimators runs figures tables gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
+
+compare: .venv/ready  ## Train with every loss of docs/losses.md. DATA= and EVAL= take your own files of pairs.
+	$(RUN) benchmarks.compare $(FILES) $(ARGS)
 
 test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.
 	$(RUN) pytest --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
@@ -36,8 +39,9 @@ estimators: .venv/ready  ## Measure the error of micro-batch statistics for each
 runs: .venv/ready  ## Draw the diagnostics of a healthy run and of failing runs.
 	$(RUN) benchmarks.figures.runs $(ARGS)
 
-figures: .venv/ready  ## Draw the margins of the two formulas.
-	$(RUN) benchmarks.figures.formulas $(ARGS)
+figures: .venv/ready  ## Draw the margins of the two formulas, and the margins and gradients of all losses.
+	$(RUN) benchmarks.figures.formulas
+	$(RUN) benchmarks.figures.losses
 
 tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files of the benchmarks.
 	$(RUN) benchmarks.tables

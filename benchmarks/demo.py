@@ -12,20 +12,17 @@ import copy
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from amapo_loss import AdaptiveMargin
-from benchmarks.record import RESULTS, write_json, write_picture
+from benchmarks.figures.traces import draw
+from benchmarks.record import RESULTS, write_json
 from benchmarks.studies.data import SLIP_RATES, Pair, both_answers, file_corpus, generated_corpus
 from benchmarks.studies.harness import Logps, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
 from benchmarks.studies.models import ByteLM, tensors
-
-matplotlib.use("Agg")  # works without a display
-import matplotlib.pyplot as plt
 
 Metrics = dict[str, float]
 
@@ -74,22 +71,6 @@ def print_table(console: Console, title: str, rows: dict[str, Metrics]) -> None:
         cells = (f"{value:.1%}" if "accuracy" in metric else f"{value:.2f}" for metric, value in metrics.items())
         table.add_row(model, *cells)
     console.print(table)
-
-
-def draw(path: Path, traces: dict[str, Trace]) -> None:
-    """Draw gradient weight over ranking at the start and the end of training, with one panel for each loss."""
-    figure, panels = plt.subplots(1, len(traces), figsize=(3.2 * len(traces), 3.2), sharex=True, sharey=True)
-    for panel, (name, trace) in zip(panels, traces.items()):
-        tenth = -(-len(trace.ranking) // 10)
-        phases = {"first tenth of training": slice(tenth), "last tenth of training": slice(-tenth, None)}
-        for phase, steps in phases.items():
-            panel.scatter(trace.ranking[steps], trace.weights[steps], s=2, label=phase)
-        panel.axvline(0, color="grey", linewidth=0.8)
-        panel.set(title=name, xlabel="chosen - rejected log-prob [nats per byte]", ylim=(-0.03, 1.03))
-    panels[0].set_ylabel("gradient weight of the pair")
-    panels[0].legend(markerscale=4, loc="lower left")
-    figure.tight_layout()
-    write_picture(path, figure)
 
 
 def parse_args() -> argparse.Namespace:
@@ -187,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
         "models": {name: metrics | weights.get(name, {}) for name, metrics in held_out_metrics.items()},
     }
     write_json(args.out, "benchmarks.demo", results)
-    draw(args.out.with_suffix(".png"), traces)
+    points = {name: (trace.ranking, trace.weights) for name, trace in traces.items()}
+    draw(args.out.with_suffix(".png"), points, columns=len(points), panel_size=(3.2, 3.2))
     console.print(f"{seconds} s; wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)
 
 

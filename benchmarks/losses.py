@@ -39,7 +39,7 @@ def gap(policy: Both, ref: Both) -> Tensor:
 def standardized(x: Tensor) -> Tensor:
     """Return how many standard deviations each entry is above the mean of the batch [B]."""
     mean, std, _ = ScoreStatistics.of(x)  # on several ranks: ScoreStatistics.of(x, process_group)
-    return (x - mean) / std
+    return (x - mean) / std.clamp(min=1e-6)  # before the first step, the policy is the reference, and every gap is 0
 
 
 def dynamic_margins(gamma: float, tau: float, steps: int = 20) -> Callable[[Tensor, ScoreStatistics], Tensor]:
@@ -141,6 +141,15 @@ LOSSES = (
         "responses of other models than the policy",
     ),
     Loss(
+        "Llama 2's reward model",
+        "2307.09288",
+        r"\Delta \mathrm{reward}",
+        r"m(\mathrm{rating}_w - \mathrm{rating}_l)",
+        "amapo_loss(*rewards, beta=1.0, margin=(ratings[0] - ratings[1] - 1) / 3)",
+        "reward models, with pairs whose ratings say how clear the choice is",
+        not_compared="it trains a reward model",
+    ),
+    Loss(
         "CPO",
         "2401.08417",
         r"\beta\,\Delta S",
@@ -206,15 +215,6 @@ LOSSES = (
         'amapo_loss(*means, beta=2.0, margin=AdaptiveMargin("released"))',
         "the same, also while the mean score is negative",
     ),
-    Loss(
-        "Llama 2's reward model",
-        "2307.09288",
-        r"\Delta \mathrm{reward}",
-        r"m(\mathrm{rating}_w - \mathrm{rating}_l)",
-        "amapo_loss(*rewards, beta=1.0, margin=(ratings[0] - ratings[1] - 1) / 3)",
-        "reward models, with pairs whose ratings say how clear the choice is",
-        not_compared="it trains a reward model",
-    ),
 )
 
 
@@ -228,10 +228,15 @@ def made_up_batch(n: int = 400, seed: int = 0, dtype: torch.dtype = torch.float3
     def both(make: Callable[[], Tensor]) -> Both:
         return make(), make()
 
-    lengths = both(lambda: torch.randint(20, 200, (n,), generator=generator).to(dtype))
-    shared = normal(-1.0, 0.15).clamp(max=-0.4)  # some prompts are easier than others
+    shared_length = torch.randint(40, 200, (n,), generator=generator)
+    lengths = both(lambda: (shared_length + torch.randint(-20, 21, (n,), generator=generator)).to(dtype))
+    shared = normal(-1.0, 0.15).clamp(max=-0.5)  # some prompts are easier than others
     means = (shared + normal(0.05, 0.12)).clamp(max=-0.05), (shared + normal(-0.05, 0.12)).clamp(max=-0.05)
-    ref_means = means[0] - normal(0.01, 0.02), means[1] - normal(-0.01, 0.02)
+    # The reference has the same preferences, less pronounced.
+    ref_means = (
+        shared + 0.8 * (means[0] - shared) + normal(0, 0.01),
+        shared + 0.8 * (means[1] - shared) + normal(0, 0.01),
+    )
     sums, ref_sums = ((x[0] * lengths[0], x[1] * lengths[1]) for x in (means, ref_means))
     lower = torch.randint(1, 4, (n,), generator=generator)
     steps = torch.randint(1, 5, (n,), generator=generator)  # 1 to 4: from slightly to significantly better
