@@ -253,7 +253,8 @@ def _fitted(options: LossOptions, pairs: Pairs) -> LossOptions:
     device = pairs.chosen_logps.device
     if isinstance(beta, Tensor):
         beta = _checks.scalar_tensor("beta", beta, device).detach().to(pairs.accumulation_dtype())
-        beta = torch.where(beta > 0, beta, torch.nan)  # an error would need the value on the host, and so a wait for it
+        # NaN makes the loss NaN. An error would need the value on the host, and so a wait for the device.
+        beta = torch.where((beta > 0) & (beta < torch.inf), beta, torch.nan)
     if isinstance(margin, Tensor):
         margin = _checked_margins("margin", margin, pairs)
     if isinstance(statistics, ScoreStatistics):
