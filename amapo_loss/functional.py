@@ -49,7 +49,7 @@ def amapo_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> AMaPOOutput:
-    r"""Return the AMaPO loss of a batch of preference pairs, and diagnostics.
+    r"""Return the AMaPO loss of a batch of preference pairs, or another loss of the same form, and diagnostics.
 
     $$d_i = \frac{\log\pi(y_w) - \log\mathrm{ref}(y_w)}{|y_w|} - \frac{\log\pi(y_l) - \log\mathrm{ref}(y_l)}{|y_l|},
       \qquad r_i = \beta d_i$$
@@ -58,8 +58,10 @@ def amapo_loss(
     The reference terms are 0 if no reference is given, and the lengths $|y|$ are 1 if no lengths are given. Averages
     without a reference make $r$ the score of SimPO, and sums with a reference make it the score of DPO.
 
-    $h_i$ is the adaptive margin, see `AdaptiveMargin`. It is made from the mean and the standard deviation of the
-    batch's scores. No gradient flows through it.
+    $h_i$ is the margin. By default it is adaptive: it is made from the mean and the standard deviation of the batch's
+    scores, see `AdaptiveMargin`. Another `margin` gives another loss, such as 0 for DPO. No gradient flows through it.
+
+    The reduced loss is $\sum_i a_i L_i$, divided by $\sum_i a_i$ for a mean. The weights $a_i$ are 1 unless given.
 
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats: averages over the tokens of a response, as in the
@@ -73,41 +75,50 @@ def amapo_loss(
             log-probs are sums and you want averages, else neither. A length of 0 leaves the pair out, as a weight of
             False does.
         rejected_lengths: [B] number of tokens in each rejected response.
-        weights: [B] bool. False leaves a pair out of the loss, the statistics and the diagnostics, whatever its
-            log-probs are, and its gradient is 0. `diagnostics.summary()["amapo/left_out"]` counts these pairs.
-        beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs.
+        weights: [B] bool, integer or floating, the importance $a_i$ of each pair, at least 0. 0 or False leaves a pair
+            out of the loss, the statistics and the diagnostics, whatever its log-probs are, and its gradient is 0.
+            `diagnostics.summary()["amapo/left_out"]` counts these pairs. Weights above 0 have no effect on the
+            statistics, and so none on adaptive margins. No gradient flows through the weights.
+        beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs. For a beta
+            that is computed during training, pass a 0-dim floating tensor on the device of the log-probs. No gradient
+            flows through it. Its value is not read on the host: if it is not above 0 and finite, the loss is NaN.
         label_smoothing: $\epsilon$ in [0, 0.5), the expected share of pairs whose labels are swapped.
-        margin: the margin formula and its options.
+        margin: $h_i$ in score units. An `AdaptiveMargin` is computed from the statistics. A number is the margin of
+            every pair. A tensor [B], integer or floating, has a margin for each pair, for example from a column of the
+            data. A function `(scores, statistics) -> margins [B]` is called under `no_grad` with the scores [B] and the
+            statistics that an adaptive margin would be made from. Pairs that are left out have the score NaN there.
         statistics: what the margins are made from, in place of the mean and the standard deviation of this batch.
             `ScoreStatistics` are taken as they are; they are in score units, so beta is included. A `ScoreWindow` or
             any other `Estimator` is called with the scores of this batch and `process_group`. If you pass the
             statistics of a whole optimizer batch, the sums of the losses (`reduction="sum"`) of its micro-batches have
             exactly the gradient of the sum over the whole batch.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. This adds one
-            all-gather of three float64 numbers per rank. None, also under DDP, means that there is no communication and
+            all-gather of four float64 numbers per rank. None, also under DDP, means that there is no communication and
             each rank takes its own pairs.
-        reduction: `"mean"` over the pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses. With a
-            process group, `"mean"` returns the sum of this rank's losses times (number of ranks) / (number of pairs of
-            all ranks). DDP and FSDP average the gradients of the ranks, which then gives the gradient of the mean over
-            all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this rank's pairs
-            only.
+        reduction: `"mean"` over the pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses $a_i L_i$.
+            With a process group, `"mean"` returns the sum of this rank's $a_i L_i$ times (number of ranks) / (sum of
+            the weights of all ranks). DDP and FSDP average the gradients of the ranks, which then gives the gradient of
+            the mean over all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this
+            rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
             one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. The scores that an
-            estimator gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU unless they are
-            float64, and torch for everything else. Only torch has second derivatives.
+            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU
+            unless they are float64, and torch for everything else. Only torch has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
         or infinite, the loss is NaN, and `diagnostics.summary()["amapo/nonfinite"]` counts the pair. If the statistics
-        are taken over a single pair, all margins are 0. There is no host-device synchronization.
+        are taken over a single pair, the adaptive margin has no standard deviation to work with, and all margins are
+        0 (or `floor`). There is no host-device synchronization.
 
     Raises:
         TypeError: if a log-prob is not a floating tensor; if a length is not an integer or floating tensor; if
-            `weights` is not a bool tensor; if `beta` or `label_smoothing` is not a number; if `margin`, `statistics` or
-            `process_group` has a wrong type.
-        ValueError: if tensors are not 1-D or differ in shape or device; if only one of the two references or lengths is
-            given; if `beta` or `label_smoothing` is out of range; if `reduction` or `backend` is unknown; if
-            `backend="triton"` gets float64 log-probs or log-probs that are not on a GPU.
+            `weights` is not a bool, integer or floating tensor; if `beta` is neither a number nor a floating tensor; if
+            `label_smoothing` is not a number; if `margin`, `statistics` or `process_group` has a wrong type.
+        ValueError: if tensors [B] are not 1-D or differ in shape or device; if only one of the two references or
+            lengths is given; if `beta`, `label_smoothing` or a `margin` that is a number is out of range; if
+            `reduction` or `backend` is unknown; if `backend="triton"` gets float64 log-probs or log-probs that are not
+            on a GPU.
         RuntimeError: if `backend="triton"` cannot run here; the message has the reason. If another rank of
             `process_group` does not take part. In the backward pass, for a second derivative of a loss from Triton.
 
@@ -121,6 +132,8 @@ def amapo_loss(
         tensor([0.0000, 4.0876, 0.0000])
         >>> chosen_logps.grad  # it has the largest gradient
         tensor([-0.2067, -0.6576, -0.1319])
+        >>> amapo_loss(chosen_logps, rejected_logps, beta=2.0, margin=0.5).diagnostics.margins  # SimPO
+        tensor([0.5000, 0.5000, 0.5000])
 
     Source: arXiv 2511.09385, section 4. The formula "released" is from the trainer that its authors published.
     """
@@ -145,7 +158,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> AMaPOOutput:
-    r"""Return the DPO loss, which is `amapo_loss` with the margin $h_i = 0$.
+    r"""Return the DPO loss, which is `amapo_loss` with `margin=0.0` and a reference.
 
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. DPO uses sums over the response's tokens.
@@ -155,8 +168,8 @@ def dpo_loss(
         chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them. A
             length of 0 leaves the pair out.
         rejected_lengths: [B] number of tokens in each rejected response.
-        weights: [B] bool. False leaves a pair out.
-        beta: scale of the ranking score, above 0. The usual 0.1 is meant for summed log-probs.
+        weights: [B] importance of each pair, as in `amapo_loss`. 0 or False leaves a pair out.
+        beta: scale of the ranking score, above 0, or a 0-dim tensor. The usual 0.1 is meant for summed log-probs.
         label_smoothing: $\epsilon$ in [0, 0.5).
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
 
@@ -204,7 +217,7 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
 ) -> AMaPOOutput:
-    r"""Return the SimPO loss, which is `amapo_loss` without a reference and with the margin `gamma` for every pair.
+    r"""Return the SimPO loss, which is `amapo_loss` without a reference and with `margin=gamma`.
 
     Args:
         chosen_logps: [B] log-probs of the chosen responses, in nats. SimPO uses averages over the response's tokens.
@@ -212,8 +225,8 @@ def simpo_loss(
         chosen_lengths: [B] number of tokens in each chosen response; if given, the log-probs are divided by them. A
             length of 0 leaves the pair out.
         rejected_lengths: [B] number of tokens in each rejected response.
-        weights: [B] bool. False leaves a pair out.
-        beta: scale of the ranking score, above 0.
+        weights: [B] importance of each pair, as in `amapo_loss`. 0 or False leaves a pair out.
+        beta: scale of the ranking score, above 0, or a 0-dim tensor.
         gamma: the margin in score units, finite. For SimPO's option `gamma_beta_ratio`, pass `beta` times that ratio.
         label_smoothing: $\epsilon$ in [0, 0.5).
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.

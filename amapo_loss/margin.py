@@ -64,5 +64,5 @@ class AdaptiveMargin:
         _checks.number("floor", self.floor, at_least=0)
         if self.floor and not self.clip:
             raise ValueError(
-                f"floor must be 0 with clip=False, which excludes no pair from the margin, got {self.floor}"
+                f"floor must be 0 with clip=False, which excludes no pair, got {self.floor}"
             )

@@ -65,7 +65,7 @@ class AMaPOConfig(DPOConfig):
         length_average: `True` divides the log-probs by the number of tokens in the response, as the paper does. `False`
             takes sums.
         formula: the margin formula, `"paper"` or `"released"`. `AdaptiveMargin` says more about this option and the
-            three below.
+            four below.
         normalize: `False` gives all pairs below the mean the same margin.
         scaling: `"exp"` or `"linear"`.
         clip: `False` gives every pair a margin.

@@ -92,12 +92,12 @@ LOSSES = (
         "alignment without a reward model or reinforcement learning",
     ),
     Loss(
-        "DPO with label smoothing (cDPO)",
+        "cDPO",
         "2305.18290",
         _DPO_SCORE,
         "0",
         "amapo_loss(*sums, *ref_sums, beta=0.1, margin=0.0, label_smoothing=0.1)",
-        "labels of which some are swapped",
+        "labels of which some are swapped (label smoothing)",
     ),
     Loss(
         "length-normalized DPO",
@@ -111,7 +111,7 @@ LOSSES = (
         "R-DPO",
         "2403.19159",
         _DPO_SCORE,
-        r"\alpha\,(|y_l| - |y_w|)",
+        r"\alpha\,(\lvert y_l \rvert - \lvert y_w \rvert)",
         "amapo_loss(*sums, *ref_sums, beta=0.1, margin=0.05 * (lengths[1] - lengths[0]))",
         "no preference for long responses",
     ),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a key of `TABLES`. Depends only
-on the standard library.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a key of `TABLES`. The table of
+the published losses is made from `benchmarks.losses`, all others from JSON.
 """
 
 import json
@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -147,6 +149,49 @@ def demo_table() -> str:
     return markdown(("", *columns.values()), rows)
 
 
+def losses_table() -> str:
+    """Return the published losses, each with its line of code."""
+    rows = [
+        (
+            f"[{loss.name}](https://arxiv.org/abs/{loss.paper})",
+            f"${loss.score}$",
+            f"${loss.margin}$",
+            f"`{loss.line}`",
+            loss.good_for,
+        )
+        for loss in LOSSES
+    ]
+    return markdown(("loss", "score $r$", "margin $h$", "line of code", "said to be good for"), rows, numbers_from=5)
+
+
+def compare_table() -> str:
+    """Return what each published loss learned from the same checkpoint."""
+    results = load("compare")
+    columns = {
+        "ranking accuracy": "accuracy",
+        "accuracy on easy pairs": "easy pairs",
+        "accuracy on even pairs": "even pairs",
+        "accuracy on hard pairs": "hard pairs",
+        "accuracy by own score": "accuracy by own score",
+        "gradient weight, misranked pairs": "weight, misranked",
+        "gradient weight, correctly ranked pairs": "weight, correct",
+    }
+    before = {metric: (value, None) for metric, value in results["before training"].items()}
+    rows = []
+    for name, metrics in ({"before training": before} | results["mean and standard deviation over the orders"]).items():
+        cells = [name]
+        for key in columns:
+            mean, std = metrics.get(key, (None, None))
+            if mean is None:
+                cells.append("")
+            elif "accuracy" in key:
+                cells.append(f"{100 * mean:.1f}" + ("" if std is None else f" ({100 * std:.1f})"))
+            else:
+                cells.append(f"{mean:.2f}")
+        rows.append(cells)
+    return markdown(("", *columns.values()), rows)
+
+
 def latency_table() -> str:
     """Return the latency of the loss on a CPU."""
     rows = load("latency_cpu")["rows"]
@@ -209,6 +254,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "head": head_table,
     "precision": precision_table,
+    "losses": losses_table,
+    "compare": compare_table,
     "demo": demo_table,
     "latency": latency_table,
     "trainer": trainer_table,

@@ -26,6 +26,8 @@ def draw(
     figure, panels = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat[len(traces) :]:
         panel.set_axis_off()
+    for panel in panels.flat[max(0, len(traces) - columns) : len(traces)]:  # the lowest panel of each column
+        panel.tick_params(labelbottom=True)
     for panel, (name, (ranking, weights)) in zip(panels.flat, traces.items()):
         tenth = -(-len(ranking) // 10)
         phases = {"first tenth of training": slice(tenth), "last tenth of training": slice(-tenth, None)}

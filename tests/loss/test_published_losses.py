@@ -150,7 +150,7 @@ def llama_2_reward_model(b: Batch) -> Tensor:
 
 FORMULAS: dict[str, Callable[[Batch], Tensor]] = {
     "DPO": dpo,
-    "DPO with label smoothing (cDPO)": cdpo,
+    "cDPO": cdpo,
     "length-normalized DPO": length_normalized_dpo,
     "R-DPO": r_dpo,
     "ODPO": odpo,
