@@ -14,7 +14,7 @@ from amapo_loss._checks import Backend
 from amapo_loss.kernels import interpreted, unavailable_reason
 
 BATCH_SIZES = (1, 2, 7, 64, 1000)
-MARGINS = (AdaptiveMargin(), AdaptiveMargin("released"))
+MARGINS: tuple[AdaptiveMargin | float, ...] = (AdaptiveMargin(), AdaptiveMargin("released"), 0.5)
 TOLERANCE = 1e-4
 
 
@@ -68,7 +68,7 @@ def largest_error(backend: Backend, device: str) -> float:
 
 def _loss_and_gradient(
     logps: Tensor,  # [2, n]
-    margin: AdaptiveMargin,
+    margin: AdaptiveMargin | float,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     logps.requires_grad_()

@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
 
         A pair that is left out has log-probs of 0, lengths of 1 and the weight 0. Its score is then 0, and no gradient
         reaches its log-probs, which may be anything. If there are no weights, and no lengths that could leave a pair
-        out, the weights are None.
+        out, the weights are None. A weight below 0 is NaN, and so is the loss: an error would need it on the host.
         """
         dtype, counted = self.accumulation_dtype(), self.counted()
         if counted is None:
@@ -73,7 +73,9 @@ class Pairs(NamedTuple):
         left_out, given = ~counted, {name: x for name, x in zip(self._fields, self) if x is not None}
         neutral = {"chosen_lengths": 1, "rejected_lengths": 1}
         given = {"weights": counted} | given
-        return Pairs(**{name: x.to(dtype).masked_fill(left_out, neutral.get(name, 0)) for name, x in given.items()})
+        prepared = {name: x.to(dtype).masked_fill(left_out, neutral.get(name, 0)) for name, x in given.items()}
+        prepared["weights"] = prepared["weights"].masked_fill(prepared["weights"] < 0, torch.nan)
+        return Pairs(**prepared)
 
     def detached(self) -> "Pairs":
         """Return the pairs without their autograd graph."""

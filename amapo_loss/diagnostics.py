@@ -90,7 +90,7 @@ class Diagnostics(NamedTuple):
             - `amapo/margin_accuracies`: share of pairs with r above `statistics.mean`. The authors use this metric.
             - `amapo/gradient_weight_correct`: mean of sigmoid(h - r) - eps over the pairs with r > 0.
             - `amapo/gradient_weight_misranked`: the same over the pairs with r <= 0.
-            - `amapo/nonfinite`: number of pairs whose score or weight is NaN or infinite.
+            - `amapo/nonfinite`: number of pairs whose score is NaN or infinite, or whose weight is invalid.
             - `amapo/left_out`: number of pairs that are left out. No other value includes them.
 
         Example:

@@ -78,7 +78,8 @@ def amapo_loss(
         weights: [B] bool, integer or floating, the importance $a_i$ of each pair, at least 0. 0 or False leaves a pair
             out of the loss, the statistics and the diagnostics, whatever its log-probs are, and its gradient is 0.
             `diagnostics.summary()["amapo/left_out"]` counts these pairs. Weights above 0 have no effect on the
-            statistics, and so none on adaptive margins. No gradient flows through the weights.
+            statistics, and so none on adaptive margins. No gradient flows through the weights. A weight below 0 makes
+            the loss NaN.
         beta: scale of the ranking score, above 0. The authors trained with 2.0 to 3.0 on averaged log-probs. For a beta
             that is computed during training, pass a 0-dim floating tensor on the device of the log-probs. No gradient
             flows through it. Its value is not read on the host: if it is not above 0 and finite, the loss is NaN.

@@ -63,6 +63,4 @@ class AdaptiveMargin:
         _checks.boolean("clip", self.clip)
         _checks.number("floor", self.floor, at_least=0)
         if self.floor and not self.clip:
-            raise ValueError(
-                f"floor must be 0 with clip=False, which excludes no pair, got {self.floor}"
-            )
+            raise ValueError(f"floor must be 0 with clip=False, which excludes no pair, got {self.floor}")

@@ -101,6 +101,7 @@ def _load_weights(batch, i, in_range):
         given = tl.load(batch.weights + i * batch.weights_stride, mask=counted, other=0)
         counted = counted & (given != 0)
         weights = given.to(tl.float32)
+        weights = tl.where(weights < 0, float("nan"), weights)  # as in `Pairs.prepared`
     if batch.chosen.lengths is not None:
         chosen_lengths = batch.chosen.lengths + i * batch.chosen.lengths_stride
         counted = tl.load(chosen_lengths, mask=counted, other=0) != 0

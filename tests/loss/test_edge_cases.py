@@ -67,7 +67,7 @@ def test_equal_scores_get_no_margin(
     if loss_fn.backend == "triton" and dtype == torch.float64:
         dtype = torch.float16
     pairs = (torch.full((n,), chosen, dtype=dtype), torch.full((n,), rejected, dtype=dtype))
-    assert torch.all(loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins == torch.tensor(margin.floor))
+    assert torch.all(loss_fn(*pairs, beta=beta, margin=margin).diagnostics.margins == margin.floor)
 
 
 @every_backend
@@ -81,7 +81,7 @@ def test_scores_that_differ_only_by_rounding_get_no_margin(
     rejected = rng.uniform(-900, -100, n)
     refs = (rejected + 3.0, rejected) if with_ref else ()
     batch = [torch.tensor(x, dtype=torch.float32) for x in (rejected + difference, rejected, *refs)]
-    assert torch.all(loss_fn(*batch, margin=margin).diagnostics.margins == torch.tensor(margin.floor))
+    assert torch.all(loss_fn(*batch, margin=margin).diagnostics.margins == margin.floor)
 
 
 @every_backend
@@ -302,8 +302,8 @@ def test_a_batch_whose_pairs_are_all_left_out_backpropagates(loss_fn: Any, reduc
 
 @every_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nonfinite_weight_makes_the_loss_nan(loss_fn: OnBackend, reduction: Any, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_an_invalid_weight_makes_the_loss_nan_or_infinite(loss_fn: OnBackend, reduction: Any, bad: float) -> None:
     weights = torch.tensor([1.0, 2.0, bad, 1.0])
     loss, diagnostics = loss_fn(*random_logps(4), weights=weights, reduction=reduction)
     assert not loss.isfinite()

@@ -280,12 +280,19 @@ class TestOnAGpu:
         assert amapo_loss(*(x.double() for x in gpu_logps(4))).diagnostics.total_values is None
 
     @pytest.mark.parametrize(("n", "launches"), [(2, 1), (8192, 1), (8193, 2), (100_000, 2)])
-    def test_a_call_launches_only_the_kernels_of_the_loss(self, n: int, launches: int) -> None:
-        inputs = gpu_logps(n)
-        amapo_loss(*inputs).diagnostics.totals()
+    @pytest.mark.parametrize("margin", ["adaptive", "number", "tensor"])
+    def test_a_call_launches_only_the_kernels_of_the_loss(self, n: int, launches: int, margin: str) -> None:
+        inputs, numbers = gpu_logps(n), torch.ones(n, device="cuda")
+        given: dict[str, dict[str, Any]] = {
+            "adaptive": {},
+            "number": {"margin": 0.5},
+            "tensor": {"margin": numbers, "weights": numbers},
+        }
+        options = given[margin]
+        amapo_loss(*inputs, **options).diagnostics.totals()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            amapo_loss(*inputs).diagnostics.totals()
+            amapo_loss(*inputs, **options).diagnostics.totals()
             torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
         assert len(kernels) == launches, kernels

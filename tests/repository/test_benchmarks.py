@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from amapo_loss import AdaptiveMargin, amapo_loss
-from benchmarks import demo
-from benchmarks.figures import formulas, runs
+from benchmarks import compare, demo
+from benchmarks.figures import formulas, losses, runs
+from benchmarks.losses import LOSSES
 from benchmarks.speed import head, latency
 from benchmarks.speed.floor import empty_kernel
 from benchmarks.studies import estimators
@@ -117,6 +118,37 @@ def test_the_demo_prints_tables_and_writes_json_and_picture(
     assert results["versions"]["torch"] == torch.__version__
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("confidence", ["", ', "confidence": 0.6'])
+def test_the_comparison_trains_with_every_line_that_the_data_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], confidence: str
+) -> None:
+    """Without confidences, there are no ratings for ODPO."""
+    out, data = tmp_path / "compare.json", tmp_path / "pairs.jsonl"
+    lines = [f'{{"prompt": "p{i}", "chosen": "c{i}", "rejected": "rejected{i}"{confidence}}}' for i in range(40)]
+    data.write_text("\n".join(lines) + "\n")
+    options = ["--orders", "2", "--data", str(data), "--eval", str(data), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["compare", *SMALL_DEMO.split(), *options])
+    compare.main()
+    results = json.loads(out.read_text())
+    expected = {loss.name for loss in LOSSES if not loss.not_compared}
+    if not confidence:
+        expected.remove("ODPO")
+    rows = results["mean and standard deviation over the orders"]
+    assert rows.keys() == expected
+    assert results["not compared"].keys() == {loss.name for loss in LOSSES} - expected
+    for row in rows.values():
+        assert 0 <= row["ranking accuracy"][0] <= 1
+        assert row["gradient weight, misranked pairs"][0] > 0
+    assert out.with_suffix(".png").stat().st_size > 0
+    assert "not compared: CPO, because its authors add an SFT loss" in capsys.readouterr().out
+
+
+def test_the_pictures_of_the_losses_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["losses", "--out", str(tmp_path)])
+    losses.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["losses_margin.png", "losses_weight.png"]
 
 
 def test_the_demo_exits_with_the_name_of_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
