@@ -156,6 +156,7 @@ FORMULAS: dict[str, Callable[[Batch], Tensor]] = {
     "ODPO": odpo,
     "beta-DPO": beta_dpo,
     "WPO": wpo,
+    "Llama 2's reward model": llama_2_reward_model,
     "CPO": cpo,
     "ORPO": orpo,
     "SimPO": simpo,
@@ -164,7 +165,6 @@ FORMULAS: dict[str, Callable[[Batch], Tensor]] = {
     "gamma-PO": gamma_po,
     "AMaPO, paper": amapo,
     "AMaPO, released code": amapo_released,
-    "Llama 2's reward model": llama_2_reward_model,
 }
 
 
