@@ -175,8 +175,8 @@ def dpo_loss(
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
 
     Returns:
-        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it. The statistics in the diagnostics are those of the
-        batch, and have no effect on the loss.
+        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it with `backend="auto"`. The statistics in the
+        diagnostics are those of the batch, and have no effect on the loss.
 
     Raises:
         TypeError, ValueError: as `amapo_loss` does.
@@ -233,8 +233,8 @@ def simpo_loss(
         reduction: `"mean"`, `"sum"`, or `"none"` for the [B] losses.
 
     Returns:
-        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it. The statistics in the diagnostics are those of the
-        batch, and have no effect on the loss.
+        `AMaPOOutput(loss, diagnostics)` as `amapo_loss` returns it with `backend="auto"`. The statistics in the
+        diagnostics are those of the batch, and have no effect on the loss.
 
     Raises:
         TypeError, ValueError: as `amapo_loss` does.
