@@ -13,7 +13,6 @@ import argparse
 import copy
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from amapo_loss import sequence_logps
-from benchmarks.demo import print_table
+from benchmarks.demo import corpus_of, parse_args, print_table, training_parser
 from benchmarks.figures.traces import draw
 from benchmarks.losses import LOSSES, Batch, Loss, gap
-from benchmarks.record import RESULTS, write_json
-from benchmarks.studies.data import SLIP_RATES, Corpus, Pair, both_answers, file_corpus, generated_corpus
+from benchmarks.record import write_json
+from benchmarks.studies.data import SLIP_RATES, Pair, both_answers
 from benchmarks.studies.harness import EVALUATION_BATCH_SIZE, imitate, shuffled_batches
 from benchmarks.studies.models import ByteLM, Texts, tensors
 
@@ -138,42 +137,15 @@ def evaluate(loss: Loss, policy: Answers, ref: Answers, pairs: list[Pair]) -> di
     return metrics | {"accuracy by own score": (loss(batch).diagnostics.scores > 0).float().mean().item()}
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line. With the defaults, the comparison takes a few minutes on two cores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="training pairs: JSON lines with prompt, chosen and rejected")
-    parser.add_argument("--eval", type=Path, help="held-out pairs, in the format of --data")
-    parser.add_argument("--imitation-steps", type=int, default=600, help="steps of supervised fine-tuning")
-    parser.add_argument("--steps", type=int, default=24, help="steps of preference training")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts or pairs in a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="learning rate of preference training")
-    parser.add_argument("--orders", type=int, default=3, help="runs for each loss, with other orders of the pairs")
-    parser.add_argument("--width", type=int, default=64, help="hidden size of the model")
-    parser.add_argument("--layers", type=int, default=2, help="number of layers of the model")
-    parser.add_argument("--max-prompt", type=int, default=96, help="bytes kept from the end of a prompt")
-    parser.add_argument("--max-answer", type=int, default=256, help="bytes kept from the start of an answer")
-    parser.add_argument("--out", type=Path, help="JSON file to write; the picture is written beside it")
-    args = parser.parse_args()
-    if (args.data is None) != (args.eval is None):
-        parser.error("--data and --eval must be given together")
-    args.out = args.out or RESULTS / f"compare{'_own' if args.data else ''}.json"
-    return args
-
-
 def main() -> None:
     """Run the comparison; exit with a message if a file cannot be read or written."""
-    args = parse_args()
+    parser = training_parser(__doc__)
+    parser.add_argument("--orders", type=int, default=3, help="runs for each loss, with other orders of the pairs")
+    args = parse_args(parser, "compare")
     try:
         run(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"compare: {error}") from error
-
-
-def corpus_of(args: argparse.Namespace) -> Corpus:
-    """Return the pairs of the command line's files, or generated ones."""
-    if args.data:
-        return file_corpus(args.data, args.eval)
-    return generated_corpus(pairs=4096, held_out=1024, demonstrations=8192, seed=0)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -183,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         tensors(prompts_and_answers, args.max_prompt, args.max_answer)[0]
         for prompts_and_answers in (corpus.demonstrations, both_answers(corpus.train), both_answers(corpus.held_out))
     )
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     checkpoint = ByteLM(args.width, args.layers, 1 + args.max_prompt + args.max_answer)
     imitate(checkpoint, demonstrations, args.imitation_steps, args.batch_size, description="imitating")
     ref, held_out_ref = all_answers(checkpoint, texts), all_answers(checkpoint, held_out)

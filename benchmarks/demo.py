@@ -20,7 +20,7 @@ from rich.table import Table
 from amapo_loss import AdaptiveMargin
 from benchmarks.figures.traces import draw
 from benchmarks.record import RESULTS, write_json
-from benchmarks.studies.data import SLIP_RATES, Pair, both_answers, file_corpus, generated_corpus
+from benchmarks.studies.data import SLIP_RATES, Corpus, Pair, both_answers, file_corpus, generated_corpus
 from benchmarks.studies.harness import Logps, Optimization, Trace, Treatment, all_logps, as_pairs, imitate, prefer
 from benchmarks.studies.models import ByteLM, tensors
 
@@ -73,9 +73,9 @@ def print_table(console: Console, title: str, rows: dict[str, Metrics]) -> None:
     console.print(table)
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line. With the defaults, the demo takes about a minute on two cores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of the pairs, the model and its training."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, help="training pairs: JSON lines with prompt, chosen and rejected, gzipped or not"
     )
@@ -104,16 +104,28 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="JSON file to write; the picture is written beside it (default: a file in benchmarks/results)",
     )
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Parse the command line of a benchmark. Its results have this name unless the command line says otherwise."""
     args = parser.parse_args()
     if (args.data is None) != (args.eval is None):
         parser.error("--data and --eval must be given together")
-    args.out = args.out or RESULTS / f"demo{'_own' if args.data else ''}.json"
+    args.out = args.out or RESULTS / f"{name}{'_own' if args.data else ''}.json"
     return args
+
+
+def corpus_of(args: argparse.Namespace) -> Corpus:
+    """Return the pairs of the command line's files, or generated ones."""
+    if args.data:
+        return file_corpus(args.data, args.eval)
+    return generated_corpus(pairs=4096, held_out=1024, demonstrations=8192, seed=args.seed)
 
 
 def main() -> None:
     """Run the demo; exit with a message if a file cannot be read or written."""
-    args = parse_args()
+    args = parse_args(training_parser(__doc__), "demo")
     try:
         run(args)
     except (OSError, ValueError) as error:
@@ -122,11 +134,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train the checkpoint, train one model from it with each loss, and write the results."""
-    console, started = Console(), time.perf_counter()
-    if args.data:
-        corpus = file_corpus(args.data, args.eval)
-    else:
-        corpus = generated_corpus(pairs=4096, held_out=1024, demonstrations=8192, seed=args.seed)
+    console, started, corpus = Console(), time.perf_counter(), corpus_of(args)
 
     texts, num_truncated = {}, {}
     for name, prompts_and_answers in {
