@@ -70,10 +70,13 @@ class AMaPOConfig(DPOConfig):
         scaling: `"exp"` or `"linear"`.
         clip: `False` gives every pair a margin.
         floor: the margin of the pairs that have none in the paper, in score units and at least 0.
-        margin_column: name of a column of the data with a number for each pair, which is its margin in score units. It
-            takes the place of the adaptive margin, whose five options above must keep their defaults.
+        constant_margin: a number that is the margin of every pair in place of the adaptive one: SimPO's gamma, in score
+            units, or 0.0 for DPO. The five options above must then keep their defaults.
+        margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
+            place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out.
+            out. The loss is then the mean over the pairs of weight times loss, so that a weight means the same in every
+            micro-batch. Weights whose mean is 1 keep the scale of the loss.
         sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
         statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
             those of the micro-batch on all processes and the newest stored ones. Choose it near the number of pairs per
@@ -84,7 +87,8 @@ class AMaPOConfig(DPOConfig):
         ValueError: if a value is out of range; if an option is set that belongs to another loss of `DPOTrainer`
             (`loss_type`, `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`,
             `discopop_tau`); if `precompute_ref_log_probs` or `sync_ref_model` is set together with `reference_free`; if
-            an option of the adaptive margin is set together with `margin_column`.
+            an option of the adaptive margin is set together with `constant_margin` or `margin_column`, or both of these
+            are set.
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
@@ -97,6 +101,9 @@ class AMaPOConfig(DPOConfig):
     scaling: Scaling = field(default="exp", metadata={"help": "Scaling of the margin."})
     clip: bool = field(default=True, metadata={"help": "Give no margin to the pairs that the gate excludes."})
     floor: float = field(default=0.0, metadata={"help": "Margin of the pairs that the gate excludes."})
+    constant_margin: float | None = field(
+        default=None, metadata={"help": "Margin of every pair, in place of the adaptive one."}
+    )
     margin_column: str | None = field(
         default=None, metadata={"help": "Column of the data with a margin for each pair, in place of the adaptive one."}
     )
@@ -114,10 +121,12 @@ class AMaPOConfig(DPOConfig):
         forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
             forbidden |= dict.fromkeys(_OPTIONS_OF_A_REFERENCE, "needs a reference model, and reference_free is True")
+        for replacement in ("constant_margin", "margin_column"):
+            if getattr(self, replacement) is not None:
+                reason = f"has no effect, because {replacement} replaces the adaptive margin"
+                forbidden |= dict.fromkeys(_OPTIONS_OF_THE_MARGIN, reason)
         if self.margin_column is not None:
-            forbidden |= dict.fromkeys(
-                _OPTIONS_OF_THE_MARGIN, "has no effect, because margin_column replaces the margin"
-            )
+            forbidden["constant_margin"] = "has no effect, because margin_column gives the margins"
         for name, reason in forbidden.items():
             value, default = getattr(self, name), defaults[name]
             if value != default:
@@ -127,11 +136,18 @@ class AMaPOConfig(DPOConfig):
         _checks.number("sft_weight", self.sft_weight, at_least=0)
         if self.statistics_window is not None:
             _checks.integer("statistics_window", self.statistics_window, at_least=1)
+        if self.constant_margin is not None:
+            _checks.number("constant_margin", self.constant_margin)
         _ = self.margin  # raises if its options are wrong
 
     @property
-    def margin(self) -> AdaptiveMargin:
-        """The margin that `formula`, `normalize`, `scaling`, `clip` and `floor` describe."""
+    def margin(self) -> AdaptiveMargin | float:
+        """`constant_margin`, or what `formula`, `normalize`, `scaling`, `clip` and `floor` describe.
+
+        With `margin_column`, the margins of the data take its place.
+        """
+        if self.constant_margin is not None:
+            return self.constant_margin
         return AdaptiveMargin(**{name: getattr(self, name) for name in _OPTIONS_OF_THE_MARGIN})
 
 
@@ -216,13 +232,15 @@ class AMaPOTrainer(DPOTrainer):
     def _warn(self) -> None:
         """Warn of settings with which training runs, but not as intended."""
         args = self.args
-        if not args.length_average and args.beta >= 1:
+        is_adaptive = args.constant_margin is None and args.margin_column is None
+        if is_adaptive and not args.length_average and args.beta >= 1:
             warnings.warn(
                 f"beta={args.beta:g} is meant for averaged log-probs, and length_average is False: with sums, margins "
                 "grow beyond all bounds. Start with beta=0.1.",
                 stacklevel=3,
             )
-        if args.per_device_train_batch_size * self.accelerator.num_processes == 1 and args.statistics_window is None:
+        pairs = args.per_device_train_batch_size * self.accelerator.num_processes
+        if is_adaptive and pairs == 1 and args.statistics_window is None:
             warnings.warn(
                 "every micro-batch has a single pair, so all margins are 0: set statistics_window to the number of "
                 "pairs per optimizer step",
@@ -333,16 +351,20 @@ class AMaPOTrainer(DPOTrainer):
         **options: Any,
     ) -> AMaPOOutput:
         """Return the loss of some pairs with the options of the configuration. Empty responses leave a pair out."""
+        num_pairs, has_weights = len(pairs["chosen_logps"]), "weights" in pairs
         if not self.args.length_average:
             pairs = dict(pairs)
             counted = (pairs.pop("chosen_lengths") > 0) & (pairs.pop("rejected_lengths") > 0)
             pairs["weights"] = torch.where(counted, pairs["weights"], 0) if "weights" in pairs else counted
-        return amapo_loss(
+        loss, diagnostics = amapo_loss(
             **{"margin": self.args.margin} | pairs,
             beta=self.args.beta,
             label_smoothing=self.args.label_smoothing,
+            reduction="sum" if has_weights else "mean",
             **options,
         )
+        # A mean that divides by the weights of the micro-batch would weight pairs only against their neighbors in it.
+        return AMaPOOutput(loss / num_pairs if has_weights else loss, diagnostics)
 
     def evaluation_loop(self, dataloader: Any, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
         """Evaluate as `DPOTrainer` does, with the loss and the summary of the whole evaluation set."""

@@ -189,14 +189,14 @@ def run(args: argparse.Namespace) -> None:
     del before["accuracy by own score"]  # the checkpoint has no loss
     means = {name: {metric: mean for metric, (mean, _) in row.items()} for name, row in rows.items()}
     print_table(console, "Held-out pairs ranked correctly, and gradient weights in training", means)
-    console.print("before training:", ", ".join(f"{metric} {value:.1%}" for metric, value in before.items()))
+    console.print("imitation alone:", ", ".join(f"{metric} {value:.1%}" for metric, value in before.items()))
     for name, reason in not_compared.items():
         console.print(f"not compared: {name}, because {reason}")
     seconds = round(time.perf_counter() - started)
     results = {
         "settings": {name: value for name, value in vars(args).items() if isinstance(value, int | float)},
         "seconds": seconds,
-        "before training": before,
+        "imitation alone": before,
         "mean and standard deviation over the orders": rows,
         "not compared": not_compared,
     }

@@ -37,7 +37,7 @@ def gap(policy: Both, ref: Both) -> Tensor:
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Return how many standard deviations each entry is above the mean of the batch [B]."""
+    """Return how many standard deviations each entry is above the mean of the batch [B]. No pair may be left out."""
     mean, std, _ = ScoreStatistics.of(x)  # on several ranks: ScoreStatistics.of(x, process_group)
     return (x - mean) / std.clamp(min=1e-6)  # before the first step, the policy is the reference, and every gap is 0
 
@@ -45,7 +45,8 @@ def standardized(x: Tensor) -> Tensor:
 def dynamic_margins(gamma: float, tau: float, steps: int = 20) -> Callable[[Tensor, ScoreStatistics], Tensor]:
     """Return a function that gives the margins of gamma-PO, whose mean is `gamma`.
 
-    They are n * gamma * p, where p minimizes the mean loss plus tau * KL(p, uniform), by exponentiated gradient.
+    They are n * gamma * p, where p minimizes the mean loss plus tau * KL(p, uniform), by exponentiated gradient. No
+    pair may be left out.
     """
 
     def margins(scores: Tensor, _: ScoreStatistics) -> Tensor:
@@ -65,7 +66,7 @@ class Loss(NamedTuple):
     paper: str  # its number on arXiv
     score: str  # r, in TeX
     margin: str  # h, in TeX
-    line: str  # the loss and its diagnostics, with the authors' hyperparameters
+    line: str  # the loss and its diagnostics, with one of the authors' settings
     good_for: str  # in the authors' view
     not_compared: str = ""  # why `compare` does not train with it; empty if it does
 
@@ -195,8 +196,8 @@ LOSSES = (
         "gamma-PO",
         "2506.03690",
         _SIMPO_SCORE,
-        r"n\gamma\,p_i, \; p = \operatorname{argmin} \overline{L} + \tau\,\mathrm{KL}",
-        "amapo_loss(*means, beta=2.5, margin=dynamic_margins(gamma=0.375, tau=10.0))",
+        r"n\gamma\,p_i, \; p = \operatorname{argmin}\, \overline{L} + \tau\,\mathrm{KL}(p, \tfrac1n)",
+        "amapo_loss(*means, beta=10.0, margin=dynamic_margins(gamma=3.0, tau=3.0))",
         "noisy or ambiguous pairs, whose margins it lowers",
     ),
     Loss(
@@ -205,7 +206,7 @@ LOSSES = (
         _SIMPO_SCORE,
         r"\beta e^{z_i \mu} \text{ where } z_i \mu > 0, \text{ else } 0",
         "amapo_loss(*means, beta=2.0)",
-        "misranked pairs, whose gradient it amplifies, and no gradient wasted on correct ones",
+        "misranked pairs, whose gradient it amplifies, while it suppresses that of correct ones",
     ),
     Loss(
         "AMaPO, released code",
@@ -213,7 +214,7 @@ LOSSES = (
         _SIMPO_SCORE,
         r"\beta e^{z_i \bar d} \text{ where } z_i > 0, \text{ else } 0",
         'amapo_loss(*means, beta=2.0, margin=AdaptiveMargin("released"))',
-        "the same, also while the mean score is negative",
+        "the same",
     ),
 )
 

@@ -176,16 +176,16 @@ def compare_table() -> str:
         "gradient weight, misranked pairs": "weight, misranked",
         "gradient weight, correctly ranked pairs": "weight, correct",
     }
-    before = {metric: (value, None) for metric, value in results["before training"].items()}
+    before = {metric: (value, None) for metric, value in results["imitation alone"].items()}
     rows = []
-    for name, metrics in ({"before training": before} | results["mean and standard deviation over the orders"]).items():
+    for name, metrics in ({"imitation alone": before} | results["mean and standard deviation over the orders"]).items():
         cells = [name]
         for key in columns:
             mean, std = metrics.get(key, (None, None))
             if mean is None:
                 cells.append("")
             elif "accuracy" in key:
-                cells.append(f"{100 * mean:.1f}" + ("" if std is None else f" ({100 * std:.1f})"))
+                cells.append(f"{mean:.1%}" + ("" if std is None else f" ({std:.1%})"))
             else:
                 cells.append(f"{mean:.2f}")
         rows.append(cells)

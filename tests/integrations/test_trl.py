@@ -49,13 +49,16 @@ def expected_output(
     sums.requires_grad_()  # a window remembers only scores that a gradient is wanted for
     ref_sums = () if ref_model is None else summed_logps(ref_model, batch)[0].chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2) if length_average else (None, None)
-    return amapo_loss(
+    reduction: Any = "sum" if "weights" in options else "mean"
+    loss, diagnostics = amapo_loss(
         *sums.chunk(2),
         *ref_sums,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        reduction=reduction,
         **options,
     )
+    return AMaPOOutput(loss / (len(sums) / 2) if "weights" in options else loss, diagnostics)
 
 
 def pairs_with_columns(n: int = 24) -> Any:
@@ -78,6 +81,7 @@ def first_batch(dataloader: Any) -> dict[str, Tensor]:
         {"length_average": False, "beta": 0.1},
         {"sft_weight": 0.3},
         {"floor": 0.5},
+        {"constant_margin": 0.5},
         {"margin_column": "gap"},
         {"weight_column": "importance"},
         {"margin_column": "gap", "weight_column": "importance", "length_average": False, "beta": 0.1},
@@ -91,7 +95,9 @@ def test_the_first_step_has_the_loss_and_the_summary_of_amapo_loss(tmp_path: Pat
         trainer.model,
         batch,
         length_average=options.get("length_average", True),
-        margin=AdaptiveMargin(**{name: options[name] for name in margin_options if name in options}),
+        margin=options.get(
+            "constant_margin", AdaptiveMargin(**{name: options[name] for name in margin_options if name in options})
+        ),
         beta=options.get("beta", 2.0),
         label_smoothing=options.get("label_smoothing", 0.0),
     )
@@ -222,6 +228,28 @@ def test_the_log_has_the_summary_of_all_pairs_since_the_last_log(
     log = trainer.state.log_history[0]
     for name, value in sum(parts, start=Totals.none()).summary().items():
         assert log[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 8), (4, 2), (8, 1)])
+def test_weights_mean_the_same_in_every_micro_batch(tmp_path: Path, batch_size: int, accumulation_steps: int) -> None:
+    """The margin is constant, so that the loss and the step do not depend on how the pairs are split."""
+    trainers = [
+        make_trainer(
+            tmp_path,
+            max_steps=1,
+            train_dataset=pairs_with_columns(),
+            weight_column="importance",
+            constant_margin=0.5,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        for size, steps in ((8, 1), (batch_size, accumulation_steps))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    whole, split = (trainer.state.log_history[0] for trainer in trainers)
+    for name in ("loss", "grad_norm", "rewards/margins", "amapo/left_out"):
+        assert split[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
 def test_a_nan_loss_that_the_filter_hides_shows_in_the_log(tmp_path: Path) -> None:
@@ -416,8 +444,17 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
         ({"floor": -1.0}, "floor must be >= 0 and finite, got -1.0"),
         (
             {"margin_column": "gap", "floor": 0.5},
-            "floor has no effect, because margin_column replaces the margin: leave it at 0.0, got 0.5",
+            "floor has no effect, because margin_column replaces the adaptive margin: leave it at 0.0, got 0.5",
         ),
+        (
+            {"constant_margin": 0.5, "formula": "released"},
+            "formula has no effect, because constant_margin replaces the adaptive margin: leave it at 'paper'",
+        ),
+        (
+            {"constant_margin": 0.5, "margin_column": "gap"},
+            "constant_margin has no effect, because margin_column gives",
+        ),
+        ({"constant_margin": float("nan")}, "constant_margin must be finite, got nan"),
     ],
 )
 def test_the_config_rejects_unused_options_and_values_out_of_range(

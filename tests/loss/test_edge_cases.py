@@ -324,8 +324,9 @@ def test_a_nonfinite_score_with_a_given_margin_concerns_its_pair_alone(loss_fn: 
     chosen, rejected = (x.detach().clone() for x in random_logps(4))
     chosen[1] = math.inf
     for margin in (0.5, torch.full((4,), 0.5)):
-        loss = loss_fn(chosen, rejected, margin=margin, reduction="none").loss
-        assert loss.isnan().tolist() == [False, True, False, False]
+        loss, diagnostics = loss_fn(chosen, rejected, margin=margin, reduction="none")
+        for tensor in (loss, diagnostics.margins):
+            assert tensor.isnan().tolist() == [False, True, False, False]
 
 
 @every_backend

@@ -123,8 +123,8 @@ def gamma_po_margins(r: Tensor, gamma: float, tau: float) -> Tensor:
 
 def gamma_po(b: Batch) -> Tensor:
     """sunjie279/gammaPO, scripts/simpo_trainer.py, on the batch alone: its authors also draw from earlier scores."""
-    r = 2.5 * simpo_logits(b)
-    return -F.logsigmoid(r - gamma_po_margins(r.detach(), 0.375, 10.0))
+    r = 10.0 * simpo_logits(b)
+    return -F.logsigmoid(r - gamma_po_margins(r.detach(), 3.0, 3.0))
 
 
 def amapo(b: Batch) -> Tensor:
