@@ -63,7 +63,7 @@ class Loss(NamedTuple):
     """A published loss."""
 
     name: str
-    paper: str  # its number on arXiv
+    paper: str  # its number on arXiv, or an address
     score: str  # r, in TeX
     margin: str  # h, in TeX
     line: str  # the loss and its diagnostics, with one of the authors' settings
@@ -94,7 +94,7 @@ LOSSES = (
     ),
     Loss(
         "cDPO",
-        "2305.18290",
+        "https://ericmitchell.ai/cdpo.pdf",
         _DPO_SCORE,
         "0",
         "amapo_loss(*sums, *ref_sums, beta=0.1, margin=0.0, label_smoothing=0.1)",

@@ -151,9 +151,10 @@ def demo_table() -> str:
 
 def losses_table() -> str:
     """Return the published losses, each with its line of code."""
+    address = {loss: loss.paper if "/" in loss.paper else f"https://arxiv.org/abs/{loss.paper}" for loss in LOSSES}
     rows = [
         (
-            f"[{loss.name}](https://arxiv.org/abs/{loss.paper})",
+            f"[{loss.name}]({address[loss]})",
             f"${loss.score}$",
             f"${loss.margin}$",
             f"`{loss.line}`",
