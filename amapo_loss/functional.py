@@ -87,7 +87,7 @@ def amapo_loss(
         margin: $h_i$ in score units. An `AdaptiveMargin` is computed from the statistics. A number is the margin of
             every pair. A tensor [B], integer or floating, has a margin for each pair, for example from a column of the
             data. A function `(scores, statistics) -> margins [B]` is called under `no_grad` with the scores [B] and the
-            statistics that an adaptive margin would be made from. Pairs that are left out have the score NaN there.
+            `ScoreStatistics` that an adaptive margin would be made from. Pairs that are left out have the score NaN.
         statistics: what the margins are made from, in place of the mean and the standard deviation of this batch.
             `ScoreStatistics` are taken as they are; they are in score units, so beta is included. A `ScoreWindow` or
             any other `Estimator` is called with the scores of this batch and `process_group`. If you pass the
@@ -103,8 +103,9 @@ def amapo_loss(
             rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
             one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. The scores that an
-            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU
-            unless they are float64, and torch for everything else. Only torch has second derivatives.
+            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, if it is installed,
+            for log-probs on a GPU unless they are float64, and torch for everything else. The kernel has not run on a
+            GPU yet. Only torch has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN

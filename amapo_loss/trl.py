@@ -66,21 +66,22 @@ class AMaPOConfig(DPOConfig):
             takes sums.
         formula: the margin formula, `"paper"` or `"released"`. `AdaptiveMargin` says more about this option and the
             four below.
-        normalize: `False` gives all pairs below the mean the same margin.
+        normalize: `False` gives all pairs that have a margin the same one.
         scaling: `"exp"` or `"linear"`.
         clip: `False` gives every pair a margin.
-        floor: the margin of the pairs that have none in the paper, in score units and at least 0.
+        floor: the margin of all other pairs, in score units and at least 0.
         constant_margin: a number that is the margin of every pair in place of the adaptive one: SimPO's gamma, in score
             units, or 0.0 for DPO. The five options above must then keep their defaults.
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out. The loss is then the mean over the pairs of weight times loss, so that a weight means the same in every
-            micro-batch. Weights whose mean is 1 keep the scale of the loss.
+            out. The loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0
+            included, so that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
-        statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`:
-            those of the micro-batch on all processes and the newest stored ones. Choose it near the number of pairs per
-            optimizer step on all processes. None takes the statistics of each micro-batch on all processes.
+        statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`. It
+            has the scores of this micro-batch and of the ones before it, on all processes, up to this number. Choose it
+            near the number of pairs per optimizer step on all processes. None takes the statistics of each micro-batch
+            on all processes.
 
     Raises:
         TypeError: if a value has a wrong type.

@@ -29,7 +29,7 @@ from benchmarks.studies.data import SLIP_RATES, Pair, both_answers
 from benchmarks.studies.harness import EVALUATION_BATCH_SIZE, imitate, shuffled_batches
 from benchmarks.studies.models import ByteLM, Texts, tensors
 
-RATING_STEPS = 4  # from "slightly better" to "significantly better"
+RATING_STEPS = 4  # from "negligibly better" to "significantly better"
 
 
 class Answers(NamedTuple):

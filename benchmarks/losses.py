@@ -188,7 +188,7 @@ LOSSES = (
         "alpha-DPO",
         "2410.10148",
         _SIMPO_SCORE,
-        r"\gamma + \beta\alpha\,z(\Delta A - \Delta A_\mathrm{ref})",
+        r"\gamma + \beta\alpha\,s(\Delta A - \Delta A_\mathrm{ref})",
         "amapo_loss(*means, beta=2.5, margin=2.5 * (0.15 + 0.05 * standardized(gap(means, ref_means))))",
         "a margin for each pair, larger for the pairs that the policy separates well",
     ),
@@ -240,7 +240,7 @@ def made_up_batch(n: int = 400, seed: int = 0, dtype: torch.dtype = torch.float3
     )
     sums, ref_sums = ((x[0] * lengths[0], x[1] * lengths[1]) for x in (means, ref_means))
     lower = torch.randint(1, 4, (n,), generator=generator)
-    steps = torch.randint(1, 5, (n,), generator=generator)  # 1 to 4: from slightly to significantly better
+    steps = torch.randint(1, 5, (n,), generator=generator)  # 1 to 4: from negligibly to significantly better
     return Batch(
         sums,
         means,

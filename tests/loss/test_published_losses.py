@@ -143,7 +143,7 @@ def amapo_released(b: Batch) -> Tensor:
 
 
 def llama_2_reward_model(b: Batch) -> Tensor:
-    """2307.09288, equation 2 and table 27: the margin is 0, 1/3, 2/3 or 1, from slightly to significantly better."""
+    """2307.09288, equation 2 and table 27: the margin is 0, 1/3, 2/3 or 1, from negligibly to significantly better."""
     margin = torch.tensor([0, 1 / 3, 2 / 3, 1], dtype=torch.float64)[(b.ratings[0] - b.ratings[1]).long() - 1]
     return -F.logsigmoid(b.rewards[0] - b.rewards[1] - margin)
 
