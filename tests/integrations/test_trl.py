@@ -303,16 +303,21 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
         make_trainer(tmp_path, **options)
 
 
-def test_the_reference_never_sees_the_columns(tmp_path: Path) -> None:
+def test_no_model_sees_the_columns(tmp_path: Path) -> None:
     """`DPOTrainer` passes every key of a batch that it does not know to the model."""
     columns = {"train_dataset": pairs_with_columns(), "margin_column": "gap", "weight_column": "importance"}
-    options = {"ref_model": tiny_llama(seed=7), "reference_free": False, "max_steps": 1, "beta": 0.5, **columns}
-    losses = []
+    options = {"reference_free": False, "max_steps": 1, "beta": 0.5, **columns}
+    losses, seen = [], set()
     for precompute in (False, True):
-        trainer = make_trainer(tmp_path, precompute_ref_log_probs=precompute, **options)
+        models = [tiny_llama(), tiny_llama(seed=7)]
+        for model in models:
+            model.register_forward_pre_hook(lambda _, __, inputs: seen.update(inputs), with_kwargs=True)
+        trainer = make_trainer(tmp_path, models[0], ref_model=models[1], precompute_ref_log_probs=precompute, **options)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "input_ids" in seen
+    assert not {"margin", "weights", "gap", "importance"} & seen
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
