@@ -59,7 +59,7 @@ class Diagnostics(NamedTuple):
     def gradient_weights(self) -> Tensor:
         r"""[B] $w_i = -\partial (a_i L_i) / \partial r_i$, with the weight $a_i$ of the pair, before the reduction."""
         gradient_weights = _reference.gradient_weights(self.scores, self.margins, self.label_smoothing)
-        weights = self.pairs.prepared().weights
+        weights = None if self.pairs.counted() is None else self.pairs.prepared().weights
         return gradient_weights if weights is None else weights * gradient_weights
 
     def _rewards(self) -> Tensor:
