@@ -5,10 +5,11 @@ CONSTRAINTS ?= --constraint constraints.txt
 RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
+VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head trainer estimators runs figures tables gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head trainer estimators runs figures tables trl gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -51,6 +52,13 @@ studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL= and RM
 
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
 	$(RUN) benchmarks.studies $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
+
+trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VERSIONS= takes a list of them.
+	@for version in $(VERSIONS); do \
+		echo "TRL $$version"; \
+		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
+		PYTHONPATH=build/trl/$$version $(RUN) pytest tests/integrations/test_trl.py $(ARGS) || exit 1; \
+	done
 
 gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.
 	benchmarks/speed/gpu.sh

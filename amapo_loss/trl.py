@@ -1,12 +1,13 @@
 """`AMaPOTrainer` and `AMaPOConfig`: TRL's DPO trainer with the AMaPO loss.
 
-The data sets, the collator, the fused head, the metrics and the checkpoints are TRL's own. Depends on TRL 1.16, on the
-public names of this package, and on its argument checks.
+The data sets, the collator, the fused head, the metrics and the checkpoints are TRL's own. Depends on TRL 1.0 or later,
+on the public names of this package, and on its argument checks.
 """
 
+import inspect
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, Totals, _checks, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, Totals, _checks, amapo_loss, sequence_logps
 from amapo_loss._checks import Formula, Scaling
 
 try:
-    if version("trl").split(".")[:2] != ["1", "16"]:
-        raise ImportError(
-            f"amapo_loss.trl needs trl>=1.16,<1.17, found {version('trl')}: run `pip install 'trl>=1.16,<1.17'`"
-        )
-except PackageNotFoundError:
-    raise ImportError("amapo_loss.trl needs TRL: run `pip install 'trl>=1.16,<1.17'`") from None
+    from trl import DPOConfig, DPOTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError("amapo_loss.trl needs TRL: run `pip install 'trl>=1.0,<1.17'`") from None
 
-from trl import DPOConfig, DPOTrainer
+# The methods of DPOTrainer that this file overrides or calls. A version string would not say whether they are there.
+_HOOKS = ("_compute_loss", "compute_ref_log_probs", "_set_signature_columns_if_needed", "evaluation_loop", "log")
+if missing := " and no ".join(name for name in _HOOKS if not hasattr(DPOTrainer, name)):
+    raise ImportError(
+        f"amapo_loss.trl needs trl>=1.0,<1.17, found {version('trl')}, whose DPOTrainer has no {missing}: "
+        "run `pip install 'trl>=1.0,<1.17'`"
+    )
 
 __all__ = ["AMaPOConfig", "AMaPOTrainer"]
 
@@ -167,6 +173,26 @@ class _CollatorWithColumns(NamedTuple):
         return batch
 
 
+def _has_log_probs(outputs: Any) -> bool:
+    """Return whether TRL's fused head has computed the log-probs of the tokens, as it does from TRL 1.15 on."""
+    return getattr(outputs, "log_probs", None) is not None
+
+
+def _summed_logps(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the summed log-probs [2B] of the responses, the chosen ones first, from the output of the model.
+
+    Prompt-learning PEFT puts virtual tokens in front of the others, which are cut off here.
+    """
+    input_ids, mask = inputs["input_ids"], inputs["completion_mask"]
+    if _has_log_probs(outputs):  # [2B, T - 1], 0 for tokens that do not count
+        token_logps: Tensor = outputs.log_probs
+        return token_logps[:, -(input_ids.shape[1] - 1) :].sum(1)
+    labels = input_ids.masked_fill(mask == 0, -100)
+    return sequence_logps(outputs.logits[:, -labels.shape[1] :], labels, average=False)
+
+
+# From TRL 1.6 on, `compute_ref_log_probs` takes the reference model. Before, it takes that of the trainer.
+_REFERENCE_IS_AN_ARGUMENT = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters
 _NO_REFERENCE: Any = object()  # stands for the reference model, so that DPOTrainer does not build a second model
 
 
@@ -206,6 +232,11 @@ class AMaPOTrainer(DPOTrainer):
             raise TypeError(f"args must be an AMaPOConfig, got {type(args).__name__}")
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, but reference_free is True: pass AMaPOConfig(reference_free=False)")
+        if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
+            raise ValueError(
+                f"use_liger_kernel must be False with TRL {version('trl')}, which would compute a DPO loss of its own: "
+                "leave it out, or install trl>=1.14"
+            )
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
         self._require_data_parallelism()
         self._warn()
@@ -264,9 +295,10 @@ class AMaPOTrainer(DPOTrainer):
         """Return the batch without the columns. `DPOTrainer` passes every key that it does not know to the model."""
         return {name: value for name, value in inputs.items() if name not in self._columns()}
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Return what `DPOTrainer` returns: the log-probs of the reference for a batch."""
-        return super().compute_ref_log_probs(model, self._without_columns(inputs))
+    def compute_ref_log_probs(self, *arguments: Any) -> Any:
+        """Return what `DPOTrainer` returns: the log-probs of the reference for a batch, which is the last argument."""
+        *models, inputs = arguments
+        return super().compute_ref_log_probs(*models, self._without_columns(inputs))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -282,11 +314,14 @@ class AMaPOTrainer(DPOTrainer):
         self._ref_model = None if model is _NO_REFERENCE else model
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        outputs: list[Any] = []
+        logps: list[Tensor] = []
 
         def recording_model(*arguments: Any, **options: Any) -> Any:
-            outputs.append(model(*arguments, **options))
-            return outputs[-1]
+            outputs = model(*arguments, **options)
+            logps.append(_summed_logps(outputs, inputs))
+            if not self.args.sft_weight and not _has_log_probs(outputs):
+                outputs.logits = outputs.logits.detach()  # TRL's loss is multiplied by 0: no gradient is wanted for it
+            return outputs
 
         # With reference log-probs in its inputs, DPOTrainer makes no forward pass for them.
         inputs = inputs | self._reference_logps(inputs)
@@ -296,7 +331,7 @@ class AMaPOTrainer(DPOTrainer):
         finally:
             self.precompute_ref_logps = precomputed
         trl_loss, *trl_outputs = trl_result if return_outputs else (trl_result,)
-        loss = self._amapo_loss(outputs[0].log_probs, inputs) + trl_loss
+        loss = self._amapo_loss(logps[0], inputs) + trl_loss
         return (loss, *trl_outputs) if return_outputs else loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -309,19 +344,18 @@ class AMaPOTrainer(DPOTrainer):
         if self.args.reference_free:
             chosen = rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
         else:
-            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            models = [self.ref_model or self.model] if _REFERENCE_IS_AN_ARGUMENT else []
+            chosen, rejected = self.compute_ref_log_probs(*models, inputs)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def _amapo_loss(
         self,
-        token_logps: Tensor,  # [2B, T], the chosen responses first
+        logps: Tensor,  # [2B] sums, the chosen responses first
         inputs: dict[str, Any],
     ) -> Tensor:
         """Return the loss of a batch and keep its totals; in an evaluation, return 0 and keep its log-probs."""
-        counted = inputs["completion_mask"][:, 1:]
-        # Tokens that do not count have log-prob 0. Prompt-learning PEFT puts virtual tokens in front; cut these off.
-        chosen_logps, rejected_logps = token_logps[:, -counted.shape[1] :].sum(1).chunk(2)
-        chosen_lengths, rejected_lengths = counted.sum(1).chunk(2)
+        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen_lengths, rejected_lengths = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
         pairs = {
             "chosen_logps": chosen_logps,
             "rejected_logps": rejected_logps,
@@ -329,7 +363,7 @@ class AMaPOTrainer(DPOTrainer):
             "rejected_lengths": rejected_lengths,
         }
         others = [] if self.args.reference_free else ["ref_chosen_logps", "ref_rejected_logps"]
-        pairs |= {name: inputs[name].to(token_logps.device) for name in [*others, *self._columns()]}
+        pairs |= {name: inputs[name].to(logps.device) for name in [*others, *self._columns()]}
         if self._evaluated is not None:
             dtype = torch.promote_types(chosen_logps.dtype, torch.float32)  # bfloat16 would round lengths above 256
             stacked = torch.stack([column.to(dtype) for column in pairs.values()], dim=1)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies raise many warnings about themselves
 
 # These modules import TRL, so they must come after the lines that skip this file where TRL is not installed.
+from trl import DPOTrainer  # noqa: E402
+
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
 from tests.support.trl import make_trainer, pairs, tiny_llama  # noqa: E402
@@ -480,33 +483,38 @@ def test_the_trainer_rejects_an_unused_reference_model_and_another_config(tmp_pa
         make_trainer(tmp_path, config_class=DPOConfig)
 
 
-IMPORT_WITH_ANOTHER_VERSION = """
-from importlib import metadata
-installed = {installed!r}
-def version(name):
-    if installed is None:
-        raise metadata.PackageNotFoundError(name)
-    return installed
-metadata.version = version
-try:
-    import amapo_loss.trl
-except ImportError as error:
-    print(error)
-"""
-
-
 @pytest.mark.parametrize(
-    ("installed", "message"),
+    ("package", "message"),
     [
-        ("1.15.2", "needs trl>=1.16,<1.17, found 1.15.2"),
-        ("1.17.0", "found 1.17.0"),
-        (None, "needs TRL: run `pip install"),
+        (
+            "class DPOConfig: pass\nclass DPOTrainer:\n    def log(self): pass\n    def evaluation_loop(self): pass\n",
+            "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _compute_loss and no compute_ref_log_probs "
+            "and no _set_signature_columns_if_needed: run `pip install 'trl>=1.0,<1.17'`",
+        ),
+        (None, "needs TRL: run `pip install 'trl>=1.0,<1.17'`"),
+        ("import missing_dependency_of_trl", "No module named 'missing_dependency_of_trl'"),
     ],
 )
-def test_importing_with_another_version_of_trl_raises(installed: str | None, message: str) -> None:
-    code = IMPORT_WITH_ANOTHER_VERSION.format(installed=installed)
+def test_importing_without_a_trl_that_has_the_hooks_raises(tmp_path: Path, package: str | None, message: str) -> None:
+    """`package` is the content of another TRL, or None for no TRL at all."""
+    code = "import sys\n"
+    if package is None:
+        code += "sys.modules['trl'] = None\n"
+    else:
+        (tmp_path / "trl").mkdir()
+        (tmp_path / "trl" / "__init__.py").write_text(package)
+        (tmp_path / "trl-0.24.0.dist-info").mkdir()
+        (tmp_path / "trl-0.24.0.dist-info" / "METADATA").write_text("Name: trl\nVersion: 0.24.0\n")
+        code += f"sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "try:\n    import amapo_loss.trl\nexcept ImportError as error:\n    print(error)\n"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert message in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(DPOTrainer, "_compute_loss_liger"), reason="this TRL has no Liger loss of its own")
+def test_a_liger_loss_of_trl_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_liger_kernel must be False with TRL"):
+        make_trainer(tmp_path, use_liger_kernel=True)
 
 
 def test_the_config_can_be_parsed_from_a_command_line(tmp_path: Path) -> None:
@@ -519,6 +527,9 @@ def test_the_config_can_be_parsed_from_a_command_line(tmp_path: Path) -> None:
     assert json.loads(args.to_json_string())["formula"] == "released"
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("trl").split(".")[:2])) < (1, 15), reason="the benchmark is for a TRL with a fused head"
+)
 def test_the_benchmark_of_a_training_step_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
