@@ -1,6 +1,6 @@
 """`AMaPOLoss`: the loss as an nn.Module, whose `forward` takes and returns what that of OpenRLHF's `DPOLoss` does.
 
-Depends on `functional` and the types of its arguments.
+Depends on `functional`, the types of its arguments and the argument checks.
 """
 
 import copy
@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from amapo_loss._checks import Backend, Reduction
+from amapo_loss import _checks
+from amapo_loss._checks import Backend, Formula, Reduction, Scaling
 from amapo_loss._options import LossOptions, Margin
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.functional import amapo_loss
 from amapo_loss.margin import AdaptiveMargin
-from amapo_loss.statistics import Estimator, ScoreStatistics
+from amapo_loss.statistics import Estimator, ScoreStatistics, ScoreWindow
 
 
 class AMaPOLoss(nn.Module):
@@ -24,15 +25,21 @@ class AMaPOLoss(nn.Module):
         beta: scale of the ranking score; this and the others are options of `amapo_loss`, which says more about them.
             For a beta that changes during training, assign to the attribute `beta`.
         label_smoothing: expected share of pairs whose labels are swapped.
-        margin: the adaptive margin and its options, a number, or a function. Margins [B] are an argument of `forward`.
+        ipo: must be False. OpenRLHF's `DPOLoss` has it as its third argument.
+        margin: an `AdaptiveMargin`, a number, or a function. None: the `AdaptiveMargin` that the five options below
+            describe. Margins [B] are an argument of `forward`.
+        formula, normalize, scaling, clip, floor: the options of `AdaptiveMargin`, for configuration files, which cannot
+            build one. None: its default. They cannot be given beside `margin`.
         statistics: what the margins are made from, in place of the statistics of each batch. A `ScoreWindow` becomes a
             submodule, so that `state_dict`, `to`, `train` and `eval` act on it as well.
+        statistics_window: the size of a `ScoreWindow`, which it builds. It cannot be given beside `statistics`.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks.
         reduction: `"mean"`, `"sum"` or `"none"`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `amapo_loss` does; for invalid options, in the constructor.
+        ValueError: if `ipo` is True; if options exclude each other.
 
     Example:
         >>> import torch
@@ -54,13 +61,34 @@ class AMaPOLoss(nn.Module):
         self,
         beta: float | Tensor = 2.0,
         label_smoothing: float = 0.0,
-        margin: Margin = AdaptiveMargin(),
+        ipo: bool = False,
+        *,
+        margin: Margin | None = None,
+        formula: Formula | None = None,
+        normalize: bool | None = None,
+        scaling: Scaling | None = None,
+        clip: bool | None = None,
+        floor: float | None = None,
         statistics: ScoreStatistics | Estimator | None = None,
+        statistics_window: int | None = None,
         process_group: ProcessGroup | None = None,
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        if ipo is not False:
+            raise ValueError(f"ipo must be False, because IPO is another loss, got {ipo!r}")
+        flat = {"formula": formula, "normalize": normalize, "scaling": scaling, "clip": clip, "floor": floor}
+        flat = {name: value for name, value in flat.items() if value is not None}
+        if margin is None:
+            margin = AdaptiveMargin(**flat)  # type: ignore[arg-type]
+        elif flat:
+            raise ValueError(f"{next(iter(flat))} was given beside margin: pass one of the two")
+        if statistics_window is not None:
+            if statistics is not None:
+                raise ValueError("statistics_window was given beside statistics: pass one of the two")
+            _checks.integer("statistics_window", statistics_window, at_least=1)
+            statistics = ScoreWindow(statistics_window)
         LossOptions(beta, label_smoothing, margin, statistics, process_group, reduction, backend).checked()
         self.beta = beta
         self.label_smoothing = label_smoothing

@@ -147,6 +147,25 @@ class AMaPOConfig(DPOConfig):
             _checks.number("constant_margin", self.constant_margin)
         _ = self.margin  # raises if its options are wrong
 
+    @classmethod
+    def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
+        """Return a configuration with the values of a `DPOConfig`, and the given options of `AMaPOConfig`.
+
+        A beta that the `DPOConfig` leaves at its default of 0.1 becomes 2.0, because the log-probs are averages.
+
+        Raises:
+            TypeError: if `dpo_config` is not a `DPOConfig`.
+            ValueError: as the constructor, for example for another `loss_type`.
+        """
+        if not isinstance(dpo_config, DPOConfig):
+            raise TypeError(f"dpo_config must be a DPOConfig, got {type(dpo_config).__name__}")
+        values = dpo_config.to_dict() | {"hub_token": dpo_config.hub_token}  # to_dict masks the token
+        names = {f.name for f in fields(DPOConfig) if f.init}
+        values = {name: value for name, value in values.items() if name in names}
+        if dpo_config.beta == DPOConfig.beta:
+            del values["beta"]
+        return cls(**values | options)
+
     @property
     def margin(self) -> AdaptiveMargin | float:
         """`constant_margin`, or what `formula`, `normalize`, `scaling`, `clip` and `floor` describe.
@@ -229,7 +248,8 @@ class AMaPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config.name_or_path
             args = AMaPOConfig(f"{name.split('/')[-1]}-AMaPO")
         if not isinstance(args, AMaPOConfig):
-            raise TypeError(f"args must be an AMaPOConfig, got {type(args).__name__}")
+            advice = ": pass AMaPOConfig.of(args)" if isinstance(args, DPOConfig) else ""
+            raise TypeError(f"args must be an AMaPOConfig, got {type(args).__name__}{advice}")
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, but reference_free is True: pass AMaPOConfig(reference_free=False)")
         if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):

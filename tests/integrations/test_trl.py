@@ -479,8 +479,30 @@ def test_the_trainer_rejects_an_unused_reference_model_and_another_config(tmp_pa
 
     with pytest.raises(ValueError, match="ref_model was given, but reference_free is True"):
         make_trainer(tmp_path, ref_model=tiny_llama(1))
-    with pytest.raises(TypeError, match="args must be an AMaPOConfig, got DPOConfig"):
+    with pytest.raises(TypeError, match=r"args must be an AMaPOConfig, got DPOConfig: pass AMaPOConfig.of\(args\)"):
         make_trainer(tmp_path, config_class=DPOConfig)
+    with pytest.raises(TypeError, match="args must be an AMaPOConfig, got dict"):
+        make_trainer(tmp_path, config_class=lambda *_, **__: {})
+
+
+def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    options = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    dpo_config = DPOConfig(
+        str(tmp_path), learning_rate=6e-7, lr_scheduler_type="cosine", max_length=77, hub_token="secret", **options
+    )
+    config = AMaPOConfig.of(dpo_config, formula="released", statistics_window=64)
+    assert type(config) is AMaPOConfig
+    assert (config.output_dir, config.learning_rate, config.max_length) == (str(tmp_path), 6e-7, 77)
+    assert (config.hub_token, config.lr_scheduler_type) == ("secret", "cosine")
+    assert (config.beta, config.statistics_window, config.margin) == (2.0, 64, AdaptiveMargin("released"))
+    assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options)).beta == 0.3
+    assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options), beta=0.5).beta == 0.5
+    with pytest.raises(ValueError, match="loss_type belongs to another loss"):
+        AMaPOConfig.of(DPOConfig(str(tmp_path), loss_type=["ipo"], **options))
+    with pytest.raises(TypeError, match="dpo_config must be a DPOConfig, got dict"):
+        AMaPOConfig.of({})
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ OPTIONS_OF_ALL_LOSSES: list[Case] = [
 AMAPO_OPTIONS: list[Case] = [
     *OPTIONS_OF_ALL_LOSSES,
     (
-        {"margin": None},
+        {"margin": "paper"},
         TypeError,
-        "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a function, got NoneType",
+        "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a function, got str",
     ),
     ({"margin": AdaptiveMargin}, TypeError, "or a function, got the class AdaptiveMargin"),
     ({"margin": True}, TypeError, "margin must be a Python number, got bool"),

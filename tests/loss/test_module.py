@@ -1,12 +1,17 @@
 """The module `AMaPOLoss`, called as OpenRLHF and torchtune call their DPO losses."""
 
 import copy
+import dataclasses
 import inspect
 import io
+import json
+import re
+from typing import Any
 
+import pytest
 import torch
 
-from amapo_loss import AdaptiveMargin, AMaPOLoss, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreWindow, amapo_loss
 from tests.support.generators import random_logps, score_statistics
 
 
@@ -52,8 +57,44 @@ def test_has_every_option_of_amapo_loss_with_the_same_default() -> None:
     ]
     function = inspect.signature(amapo_loss).parameters
     module = inspect.signature(AMaPOLoss).parameters
-    assert list(module) == [name for name in function if name not in tensors]
-    assert {name: module[name].default for name in module} == {name: function[name].default for name in module}
+    flat = {"ipo", "statistics_window", *(field.name for field in dataclasses.fields(AdaptiveMargin))}
+    assert [name for name in module if name not in flat] == [name for name in function if name not in tensors]
+    defaults = {name: module[name].default for name in module if name not in flat}
+    assert defaults | {"margin": AdaptiveMargin()} == {name: function[name].default for name in defaults}
+    assert AMaPOLoss().margin == AdaptiveMargin()
+
+
+def test_takes_the_options_of_the_margin_and_the_window_one_by_one() -> None:
+    """Configuration files can only give flat values, here those of JSON."""
+    options = json.loads(
+        '{"beta": 3, "formula": "released", "scaling": "linear", "floor": 0.5, "statistics_window": 16}'
+    )
+    loss_fn = AMaPOLoss(**options)
+    assert loss_fn.margin == AdaptiveMargin("released", scaling="linear", floor=0.5)
+    assert isinstance(loss_fn.statistics, ScoreWindow)
+    assert loss_fn.state_dict()["statistics.scores"].shape == (16,)
+
+
+def test_is_constructed_as_the_dpo_loss_of_openrlhf() -> None:
+    """OpenRLHF runs `DPOLoss(self.args.beta, self.args.label_smoothing, self.args.ipo)`."""
+    loss_fn = AMaPOLoss(0.1, 0.05, False)
+    assert (loss_fn.beta, loss_fn.label_smoothing, loss_fn.margin) == (0.1, 0.05, AdaptiveMargin())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ipo": True}, "ipo must be False, because IPO is another loss, got True"),
+        ({"margin": 0.5, "formula": "paper"}, "formula was given beside margin: pass one of the two"),
+        ({"margin": AdaptiveMargin(), "floor": 0.0}, "floor was given beside margin: pass one of the two"),
+        ({"statistics_window": 4, "statistics": ScoreWindow(4)}, "statistics_window was given beside statistics: pass"),
+        ({"statistics_window": 0}, "statistics_window must be at least 1, got 0"),
+        ({"formula": "papers"}, "formula must be one of 'paper', 'released', got 'papers'"),
+    ],
+)
+def test_rejects_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AMaPOLoss(**options)
 
 
 def test_passes_every_option_to_amapo_loss() -> None:
