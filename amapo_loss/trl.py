@@ -135,6 +135,8 @@ class AMaPOConfig(DPOConfig):
         if self.margin_column is not None:
             forbidden["constant_margin"] = "has no effect, because margin_column gives the margins"
         for name, reason in forbidden.items():
+            if name not in defaults:  # not every TRL has all of these options
+                continue
             value, default = getattr(self, name), defaults[name]
             if value != default:
                 raise ValueError(f"{name} {reason}: leave it at {default!r}, got {value!r}")
@@ -151,7 +153,7 @@ class AMaPOConfig(DPOConfig):
     def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
         """Return a configuration with the values of a `DPOConfig`, and the given options of `AMaPOConfig`.
 
-        A beta that the `DPOConfig` leaves at its default of 0.1 becomes 2.0, because the log-probs are averages.
+        With averaged log-probs, a beta that the `DPOConfig` leaves at its default of 0.1 becomes 2.0.
 
         Raises:
             TypeError: if `dpo_config` is not a `DPOConfig`.
@@ -162,7 +164,7 @@ class AMaPOConfig(DPOConfig):
         values = dpo_config.to_dict() | {"hub_token": dpo_config.hub_token}  # to_dict masks the token
         names = {f.name for f in fields(DPOConfig) if f.init}
         values = {name: value for name, value in values.items() if name in names}
-        if dpo_config.beta == DPOConfig.beta:
+        if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
             del values["beta"]
         return cls(**values | options)
 

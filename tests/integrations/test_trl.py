@@ -499,6 +499,7 @@ def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
     assert (config.beta, config.statistics_window, config.margin) == (2.0, 64, AdaptiveMargin("released"))
     assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options)).beta == 0.3
     assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options), beta=0.5).beta == 0.5
+    assert AMaPOConfig.of(dpo_config, length_average=False, reference_free=False).beta == 0.1
     with pytest.raises(ValueError, match="loss_type belongs to another loss"):
         AMaPOConfig.of(DPOConfig(str(tmp_path), loss_type=["ipo"], **options))
     with pytest.raises(TypeError, match="dpo_config must be a DPOConfig, got dict"):
