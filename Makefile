@@ -14,7 +14,7 @@ FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
 
-compare: .venv/ready  ## Train with every loss of docs/losses.md. DATA= and EVAL= take your own files of pairs.
+compare: .venv/ready  ## Train with thirteen losses of docs/losses.md. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.compare $(FILES) $(ARGS)
 
 test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.

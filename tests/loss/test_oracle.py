@@ -38,7 +38,7 @@ GIVEN_MARGINS = ("number", "tensor", "function")
 
 
 @every_backend
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     batches(),
     st.sampled_from(MARGINS) | st.sampled_from(GIVEN_MARGINS),
