@@ -19,7 +19,7 @@ Margin = AdaptiveMargin | float | Tensor | MarginFunction
 
 
 class LossOptions(NamedTuple):
-    """The arguments of `amapo_loss` that are not pairs, in its order. See there for their meaning."""
+    """The arguments of `amapo_loss` other than the tensors of `Pairs`, in its order. See there for their meaning."""
 
     beta: float | Tensor
     label_smoothing: float

@@ -143,7 +143,7 @@ def amapo_loss(
     pairs = Pairs(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, weights
     ).checked()
-    options = _fitted(options, pairs)
+    options = _with_checked_tensors(options, pairs)
     return _triton_loss(pairs, options) if _uses_triton(pairs, options) else _torch_loss(pairs, options)
 
 
@@ -262,7 +262,7 @@ def simpo_loss(
     )
 
 
-def _fitted(options: LossOptions, pairs: Pairs) -> LossOptions:
+def _with_checked_tensors(options: LossOptions, pairs: Pairs) -> LossOptions:
     """Return the options with their tensors detached, or raise if one of them does not fit the pairs."""
     beta, margin, statistics = options.beta, options.margin, options.statistics
     device = pairs.chosen_logps.device

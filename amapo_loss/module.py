@@ -32,7 +32,7 @@ class AMaPOLoss(nn.Module):
             build one. None: its default. They cannot be given beside `margin`.
         statistics: what the margins are made from, in place of the statistics of each batch. A `ScoreWindow` becomes a
             submodule, so that `state_dict`, `to`, `train` and `eval` act on it as well.
-        statistics_window: the size of a `ScoreWindow`, which it builds. It cannot be given beside `statistics`.
+        statistics_window: the module builds a `ScoreWindow` of this size. It cannot be given beside `statistics`.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks.
         reduction: `"mean"`, `"sum"` or `"none"`.
         backend: `"auto"`, `"torch"` or `"triton"`.

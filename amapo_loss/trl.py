@@ -1,7 +1,7 @@
 """`AMaPOTrainer` and `AMaPOConfig`: TRL's DPO trainer with the AMaPO loss.
 
-The data sets, the collator, the fused head, the metrics and the checkpoints are TRL's own. Depends on TRL 1.0 or later,
-on the public names of this package, and on its argument checks.
+TRL makes the data sets, the batches, the metrics and the checkpoints. Depends on TRL 1.0 to 1.16, on the public names
+of this package, and on its argument checks.
 """
 
 import inspect
@@ -72,12 +72,13 @@ class AMaPOConfig(DPOConfig):
             takes sums.
         formula: the margin formula, `"paper"` or `"released"`. `AdaptiveMargin` says more about this option and the
             four below.
-        normalize: `False` gives all pairs that have a margin the same one.
+        normalize: `False` makes the margin independent of the distance to the mean.
         scaling: `"exp"` or `"linear"`.
         clip: `False` gives every pair a margin.
-        floor: the margin of all other pairs, in score units and at least 0.
+        floor: the margin of the pairs that `clip` excludes, in score units and at least 0.
         constant_margin: a number that is the margin of every pair in place of the adaptive one: SimPO's gamma, in score
-            units, or 0.0 for DPO. The five options above must then keep their defaults.
+            units. With a reference, sums and DPO's beta, 0.0 gives DPO. The five options above must keep their
+            defaults.
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
@@ -296,8 +297,8 @@ class AMaPOTrainer(DPOTrainer):
         pairs = args.per_device_train_batch_size * self.accelerator.num_processes
         if is_adaptive and pairs == 1 and args.statistics_window is None:
             warnings.warn(
-                "every micro-batch has a single pair, so all margins are 0: set statistics_window to the number of "
-                "pairs per optimizer step",
+                f"every micro-batch has a single pair, so all margins are {args.floor:g}: set statistics_window to the "
+                "number of pairs per optimizer step",
                 stacklevel=3,
             )
         columns = getattr(self.train_dataset, "column_names", None) or []

@@ -3,10 +3,10 @@
     python -m benchmarks.compare                                            generated pairs of known difficulty
     python -m benchmarks.compare --data train.jsonl --eval test.jsonl.gz    your own pairs, in TRL's preference format
 
-Every loss has its authors' hyperparameters, and all have the same learning rate: nothing is tuned. A line that uses
-ratings gets made-up ones for the generated pairs, whose chosen answers are all equally good, and the judge's confidence
-in four steps for pairs from a file. The script prints a table and writes it as JSON. It also draws the gradient weight
-of each training pair over the log-prob difference of its two answers.
+Every loss has one of its authors' settings, and all have the same learning rate: nothing is tuned. For generated pairs,
+ratings are made up, because all chosen answers are equally good. For pairs from a file, they are the field
+"confidence", rounded up to four steps. The script prints a table and writes it as JSON. It also draws the gradient
+weight of each training pair over the log-prob difference of its two answers.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Published preference losses as lines of code: each is one call of `amapo_loss`.
 
 The table of docs/losses.md is written from `LOSSES`, `figures/losses.py` draws its pictures with them, and `compare.py`
-trains with them, so that the line on the page is the line that runs. A test compares each line with the formula of its
-paper in float64. Depends only on torch and amapo_loss.
+trains with them, so that the line on the page is the line that runs. A test compares each line with a published formula
+in float64. Depends only on torch and amapo_loss.
 """
 
 from collections.abc import Callable

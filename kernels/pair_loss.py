@@ -156,9 +156,10 @@ def _pivot_score(batch, n, beta):
 
 @triton.jit
 def _partial_sums(r, pivot, input_scale, weights, mask):
-    """Return the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, and two sums more.
+    """Return six sums and maxima over a block of pairs.
 
-    These are the count and the sum of the weights. If all scores are equal, the first two sums are exactly 0.
+    They are the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, the count, and the
+    sum of the weights. If all scores are equal, the first two are exactly 0.
     """
     from_pivot = tl.where(mask, r.to(tl.float64) - pivot.to(tl.float64), 0.0)
     max_score = tl.max(tl.where(mask, tl.abs(r), 0.0))
@@ -193,23 +194,23 @@ def _merge_moments(rank_moments, num_ranks, BLOCK_RANKS: tl.constexpr):
 
 
 @triton.jit
-def _batch_statistics(statistics, pivot, sum1, sum2, n, weight, BLOCK_RANKS: tl.constexpr):
+def _batch_statistics(statistics, pivot, sum1, sum2, n, total_weight, BLOCK_RANKS: tl.constexpr):
     """Return the number of pairs, the mean mu in float64, sigma in float32, and the sum of the weights."""
     if statistics.rank_moments is None:
         count, mu, m2 = _moments_from_sums(pivot, sum1, sum2, n)
     else:
-        count, mu, m2, weight = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
+        count, mu, m2, total_weight = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
     sigma = tl.sqrt(m2 / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
     if statistics.mean is not None:
         mu = tl.load(statistics.mean).to(tl.float64)
         sigma = tl.load(statistics.std).to(tl.float32)
-    return count, mu, sigma, weight
+    return count, mu, sigma, total_weight
 
 
 @triton.jit
-def _divided_by_weight(loss_scale, weight):
+def _mean_scale(loss_scale, total_weight):
     """Return the factor of the losses in their mean: `loss_scale` divided by the sum of the weights, which may be 0."""
-    return loss_scale / tl.where(weight == 0, 1.0, weight).to(tl.float32)
+    return loss_scale / tl.where(total_weight == 0, 1.0, total_weight).to(tl.float32)
 
 
 @triton.jit
@@ -395,9 +396,10 @@ def _one_launch_kernel(
     if not MASKED:
         own_count = n
         own_weight = tl.cast(n, tl.float64)
-    count, mu, sigma, weight = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
+    statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
+    count, mu, sigma, total_weight = statistics_of_all
     if MEAN_ON_DEVICE:
-        loss_scale = _divided_by_weight(loss_scale, weight)
+        loss_scale = _mean_scale(loss_scale, total_weight)
     totals = _process_block(
         pairs,
         weights,
@@ -535,9 +537,10 @@ def _loss_kernel(
     if MASKED:
         own_count = tl.sum(tl.load(partials + 4 * num_partials + q, mask=q < num_partials, other=0.0))
         own_weight = tl.sum(tl.load(partials + 5 * num_partials + q, mask=q < num_partials, other=0.0))
-    count, mu, sigma, weight = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
+    statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
+    count, mu, sigma, total_weight = statistics_of_all
     if MEAN_ON_DEVICE:
-        loss_scale = _divided_by_weight(loss_scale, weight)
+        loss_scale = _mean_scale(loss_scale, total_weight)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     k = tl.arange(0, 16)

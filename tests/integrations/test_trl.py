@@ -25,7 +25,7 @@ from trl import DPOTrainer  # noqa: E402
 
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
-from tests.support.trl import make_trainer, pairs, tiny_llama  # noqa: E402
+from tests.support.trl import make_trainer, pairs, pairs_with_columns, tiny_llama  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,12 +62,6 @@ def expected_output(
         **options,
     )
     return AMaPOOutput(loss / (len(sums) / 2) if "weights" in options else loss, diagnostics)
-
-
-def pairs_with_columns(n: int = 24) -> Any:
-    """Return a dataset of n pairs with a margin and a weight for each, some of which are 0."""
-    dataset = pairs(n).add_column("gap", [i % 5 / 4 for i in range(n)])
-    return dataset.add_column("importance", [i % 4 for i in range(n)])
 
 
 def first_batch(dataloader: Any) -> dict[str, Tensor]:
@@ -391,10 +385,11 @@ DISTRIBUTED_RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.support.trl import make_trainer, pairs
+from tests.support.trl import make_trainer, pairs_with_columns
 import torch
-options = {{"statistics_window": 12, "eval_dataset": pairs(7), "per_device_eval_batch_size": 2}}
-trainer = make_trainer(Path({folder!r}), max_steps=3, ddp_backend="gloo", **options)
+data = {{"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(7)}}
+options = {{"statistics_window": 12, "per_device_eval_batch_size": 2, **{columns!r}}}
+trainer = make_trainer(Path({folder!r}), max_steps=3, ddp_backend="gloo", **data, **options)
 trainer.train()
 trainer.evaluate()
 if trainer.accelerator.is_main_process:
@@ -402,10 +397,13 @@ if trainer.accelerator.is_main_process:
 """
 
 
-def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [{}, {"weight_column": "importance"}], ids=["no columns", "weights"])
+def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
+    tmp_path: Path, columns: dict[str, str]
+) -> None:
     """The 7 pairs of the evaluation set are no multiple of the batch, so that accelerate repeats one of them."""
     script = tmp_path / "distributed_run.py"
-    script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path)))
+    script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path), columns=columns))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
         capture_output=True,
@@ -415,8 +413,9 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     logs, state_dict = torch.load(tmp_path / "result.pt", weights_only=False)
-    options = {"statistics_window": 12, "eval_dataset": pairs(7), "per_device_eval_batch_size": 7}
-    single = make_trainer(tmp_path / "single", max_steps=3, per_device_train_batch_size=8, **options)
+    data = {"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(7)}
+    options = {"statistics_window": 12, "per_device_eval_batch_size": 7, **columns}
+    single = make_trainer(tmp_path / "single", max_steps=3, per_device_train_batch_size=8, **data, **options)
     single.train()
     single.evaluate()
     summary_keys = [key for key in single.state.log_history[0] if key.startswith(("amapo/", "rewards/", "logps/"))]

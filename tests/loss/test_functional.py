@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amapo_loss import AdaptiveMargin, ScoreStatistics, amapo_loss, dpo_loss, simpo_loss
+from amapo_loss import AdaptiveMargin, ScoreStatistics, ScoreWindow, amapo_loss, dpo_loss, simpo_loss
 from tests.support.backends import OnBackend, every_backend, on_gpu, torch_loss, triton_loss, two_launches
 from tests.support.generators import (
     MARGINS,
@@ -341,7 +341,10 @@ def test_a_margin_function_gets_the_scores_and_the_statistics(loss_fn: OnBackend
         calls.append((scores, statistics, torch.is_grad_enabled()))
         return 0.1 * (scores - statistics.mean.to(scores.dtype)) / statistics.std.to(scores.dtype)
 
-    for supplied in (None, score_statistics(0.4, 1.1), ScoreStatistics.of):
+    window = ScoreWindow(16).to(loss_fn.device)
+    window(torch.linspace(-1, 2, 12, device=loss_fn.device, requires_grad=True))
+    window.eval()  # it takes part in both calls below, and must not change between them
+    for supplied in (None, score_statistics(0.4, 1.1), ScoreStatistics.of, window):
         output = loss_fn(*inputs, weights=weights, statistics=supplied, margin=margin, reduction="sum")
         expected = loss_fn(*inputs, weights=weights, statistics=supplied).diagnostics
         scores, statistics, grad_enabled = calls.pop()

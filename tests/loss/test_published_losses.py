@@ -1,4 +1,4 @@
-"""Each line of `benchmarks.losses`, against the formula of its paper or of its authors' code, written out in float64.
+"""Each line of `benchmarks.losses`, against a published formula, written out in float64.
 
 A comment names the source of each formula. Gradients are compared as well, which shows what the authors detach.
 """
