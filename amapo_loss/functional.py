@@ -102,7 +102,7 @@ def amapo_loss(
             the mean over all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this
             rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
-            one kernel launch on a GPU, two beyond 8,192 pairs, and one more with a process group. The scores that an
+            one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. The scores that an
             estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, if it is installed,
             for log-probs on a GPU unless they are float64, and torch for everything else. The kernel has not run on a
             GPU yet. Only torch has second derivatives.

@@ -10,6 +10,7 @@ standard deviation and a large batch do not cost precision. Every launch passes 
 multiply-add rounds once where separate operations round twice, so that equal scores could differ from their own mean.
 """
 
+import inspect
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +24,11 @@ from amapo_loss._pairs import Pairs
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import ScoreStatistics
 
-MAX_PAIRS_ONE_LAUNCH = 8192  # beyond this number of pairs, the registers of one program spill
-BLOCK_PAIRS = 2048  # pairs that a program holds at a time, with two launches
+# From measurements on an H200.
+MAX_PAIRS_ONE_LAUNCH = 4096
+PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
+BLOCK_PAIRS = 512  # pairs that a program holds at a time, with two launches
+NUM_WARPS = 8  # with two launches
 MAX_STATISTICS_PROGRAMS = 512  # in the first launch, so that each program of the second can add up the partial sums
 MAX_LOSS_PROGRAMS = 1024  # in the second launch, so that its last program can add up the totals
 
@@ -155,23 +159,63 @@ def _pivot_score(batch, n, beta):
 
 
 @triton.jit
-def _partial_sums(r, pivot, input_scale, weights, mask):
-    """Return six sums and maxima over a block of pairs.
+def _stack(columns, mask):
+    """Stack 2^m columns [BLOCK] to one tensor [BLOCK, 2, ..., 2] with zeros in the rows that the mask excludes.
 
-    They are the sum and the sum of squares of r - pivot, the largest |r|, the largest input scale, the count, and the
-    sum of the weights. If all scores are equal, the first two are exactly 0.
+    Reshaped to [BLOCK, 2^m], it has the columns in the order of the tuple. A reduction of many columns at once waits at
+    as few barriers as a reduction of one.
     """
-    from_pivot = tl.where(mask, r.to(tl.float64) - pivot.to(tl.float64), 0.0)
-    max_score = tl.max(tl.where(mask, tl.abs(r), 0.0))
-    max_scale = tl.max(tl.where(mask, input_scale, 0.0))
-    sum1, sum2, count = tl.sum(from_pivot), tl.sum(from_pivot * from_pivot), tl.sum(mask.to(tl.int32))
-    return sum1, sum2, max_score, max_scale, count, tl.sum(weights.to(tl.float64))
+    if len(columns) == 1:
+        stack = tl.where(mask, columns[0], 0.0)
+    else:
+        stack = tl.join(_stack(columns[0::2], mask), _stack(columns[1::2], mask))
+    return stack
+
+
+@triton.jit
+def _score_columns(pairs, pivot, weights, mask, MASKED: tl.constexpr):
+    """Return two stacks: the columns to sum, and those of which `_reduce_scores` takes the maximum."""
+    r, input_scale = pairs[0], pairs[1]
+    from_pivot = r.to(tl.float64) - pivot.to(tl.float64)
+    addends = (from_pivot, from_pivot * from_pivot)
+    if MASKED:
+        addends += (mask.to(tl.float64), weights.to(tl.float64))
+    return _stack(addends, mask), _stack((tl.abs(r), input_scale), mask)
+
+
+@triton.jit
+def _no_score_columns(BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Return the stacks of `_score_columns` for no pairs."""
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    none = zeros == 0
+    stack = (zeros, zeros)
+    if MASKED:
+        stack = (zeros, zeros, zeros, zeros)
+    return _stack(stack, none), _stack((zeros, zeros), none).to(tl.float32)
+
+
+@triton.jit
+def _reduce_scores(addends, maxima, n, MASKED: tl.constexpr):
+    """Return the sum and the sum of squares of r - pivot, the count, the sum of the weights, max |r|, max input scale.
+
+    If all scores are equal, the first two are exactly 0. Without MASKED, the count and the sum of the weights are n.
+    """
+    max_score, max_scale = tl.split(tl.max(maxima, axis=0))
+    sums = tl.sum(addends, axis=0)
+    count = tl.cast(n, tl.float64)
+    weight = count
+    if MASKED:
+        sum1_and_count, sum2_and_weight = tl.split(sums)
+        sum1, count = tl.split(sum1_and_count)
+        sum2, weight = tl.split(sum2_and_weight)
+    else:
+        sum1, sum2 = tl.split(sums)
+    return sum1, sum2, count, weight, max_score, max_scale
 
 
 @triton.jit
 def _moments_from_sums(pivot, sum1, sum2, n):
     """Return the count, the mean and the sum of squared deviations (M2) of the scores, in float64."""
-    n = tl.cast(n, tl.float64)
     m2 = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
     # Rounding may make M2 negative. tl.maximum(m2, 0) would also replace a NaN.
     return n, pivot.to(tl.float64) + sum1 / tl.maximum(n, 1.0), tl.where(m2 < 0, 0.0, m2)
@@ -229,8 +273,9 @@ def _adaptive_margins(
 ):
     """Return the margins h. For the reasons, see the same lines in `amapo_loss._reference.adaptive_margins`."""
     sigma = tl.where(sigma <= input_scale * (8 * MACHINE_EPS), INF, sigma)
-    below = (mu - r.to(tl.float64)).to(tl.float32)
+    rest = (mu - mu.to(tl.float32).to(tl.float64)).to(tl.float32)  # what float32 loses of the mean
     mu = mu.to(tl.float32)
+    below = (mu - r) + rest
     distance = tl.abs(below)
     if FORMULA == "paper":
         distance = tl.minimum(distance, tl.abs(mu))
@@ -288,7 +333,10 @@ def _process_block(
     EXP: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Write the margins, the gradients and, with PER_PAIR, the losses of a block of pairs; return its totals [16]."""
+    """Write the margins, the gradients and, with PER_PAIR, the losses of a block of pairs.
+
+    Return the columns that `_reduce_totals` makes the totals of: a stack of those to sum, and the margins.
+    """
     r, _, chosen_terms, rejected_terms = pairs
     chosen_logps, chosen_ratio, chosen_length = chosen_terms
     rejected_logps, rejected_ratio, rejected_length = rejected_terms
@@ -325,12 +373,17 @@ def _process_block(
         tl.where(h > 0, weights, 0.0),
         tl.where(r > mu.to(tl.float32), weights, 0.0),
         tl.where(tl.abs(weights * r) < INF, 0.0, 1.0),
+        0 * weights,  # the place of the maximum
+        0 * weights,
     )
-    k = tl.arange(0, 16)
-    totals = tl.where(k == MAX_MARGIN, tl.max(tl.where(mask, h, -INF)), 0.0)
-    for column in tl.static_range(NUM_SUMS):
-        totals = tl.where(k == column, tl.sum(tl.where(mask, columns[column], 0.0)), totals)
-    return totals
+    return _stack(columns, mask), tl.where(mask, h, -INF)
+
+
+@triton.jit
+def _reduce_totals(columns, margins):
+    """Return the totals [16] of the pairs of a program."""
+    sums = tl.reshape(tl.sum(columns, axis=0), (16,))
+    return tl.where(tl.arange(0, 16) == MAX_MARGIN, tl.max(margins), sums)
 
 
 @triton.jit
@@ -392,15 +445,13 @@ def _one_launch_kernel(
     i = tl.arange(0, BLOCK).to(tl.int64)
     weights, mask = _load_weights(batch, i, i < n)
     pairs = _load_pairs(batch, i, mask, beta)
-    sum1, sum2, max_score, input_scale, own_count, own_weight = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
-    if not MASKED:
-        own_count = n
-        own_weight = tl.cast(n, tl.float64)
+    addends, maxima = _score_columns(pairs, pivot, weights, mask, MASKED)
+    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(addends, maxima, n, MASKED)
     statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
     count, mu, sigma, total_weight = statistics_of_all
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
-    totals = _process_block(
+    columns, h = _process_block(
         pairs,
         weights,
         margins,
@@ -422,6 +473,7 @@ def _one_launch_kernel(
         EXP,
         CLIP,
     )
+    totals = _reduce_totals(columns, h)
     own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
     _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
@@ -432,22 +484,13 @@ def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLO
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
-    sum1 = tl.zeros((), tl.float64)
-    sum2 = tl.zeros((), tl.float64)
-    own_count = tl.zeros((), tl.int32)
-    own_weight = tl.zeros((), tl.float64)
+    addends, maxima = _no_score_columns(BLOCK, MASKED)
     for block in range(0, tl.cdiv(n, BLOCK)):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         weights, mask = _load_weights(batch, i, i < n)
-        pairs = _load_pairs(batch, i, mask, beta)
-        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
-        sum1 += partial_sums[0]
-        sum2 += partial_sums[1]
-        own_count += partial_sums[4]
-        own_weight += partial_sums[5]
-    if not MASKED:
-        own_count = n
-        own_weight = tl.cast(n, tl.float64)
+        more = _score_columns(_load_pairs(batch, i, mask, beta), pivot, weights, mask, MASKED)
+        addends, maxima = addends + more[0], tl.maximum(maxima, more[1])
+    sum1, sum2, own_count, own_weight, _, _ = _reduce_scores(addends, maxima, n, MASKED)
     count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, own_count)
     tl.store(moments, count)
     tl.store(moments + 1, mean)
@@ -465,29 +508,19 @@ def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    sum1 = tl.zeros((), tl.float64)
-    sum2 = tl.zeros((), tl.float64)
-    max_score = tl.zeros((), tl.float32)
-    input_scale = tl.zeros((), tl.float32)
-    own_count = tl.zeros((), tl.int32)
-    own_weight = tl.zeros((), tl.float64)
+    addends, maxima = _no_score_columns(BLOCK, MASKED)
     for block in range(program, tl.cdiv(n, BLOCK), num_programs):
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         weights, mask = _load_weights(batch, i, i < n)
-        pairs = _load_pairs(batch, i, mask, beta)
-        partial_sums = _partial_sums(pairs[0], pivot, pairs[1], weights, mask)
-        sum1 += partial_sums[0]
-        sum2 += partial_sums[1]
-        max_score = tl.maximum(max_score, partial_sums[2])
-        input_scale = tl.maximum(input_scale, partial_sums[3])
-        own_count += partial_sums[4]
-        own_weight += partial_sums[5]
+        more = _score_columns(_load_pairs(batch, i, mask, beta), pivot, weights, mask, MASKED)
+        addends, maxima = addends + more[0], tl.maximum(maxima, more[1])
+    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(addends, maxima, n, MASKED)
     tl.store(partials + program, sum1)
     tl.store(partials + num_programs + program, sum2)
     tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
     tl.store(partials + 3 * num_programs + program, input_scale.to(tl.float64))
     if MASKED:
-        tl.store(partials + 4 * num_programs + program, own_count.to(tl.float64))
+        tl.store(partials + 4 * num_programs + program, own_count)
         tl.store(partials + 5 * num_programs + program, own_weight)
     if program == 0:
         tl.store(done_counter, 0)
@@ -528,28 +561,33 @@ def _loss_kernel(
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     q = tl.arange(0, MAX_PARTIALS)
-    sum1 = tl.sum(tl.load(partials + q, mask=q < num_partials, other=0.0))
-    sum2 = tl.sum(tl.load(partials + num_partials + q, mask=q < num_partials, other=0.0))
-    max_score = tl.max(tl.load(partials + 2 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
-    input_scale = tl.max(tl.load(partials + 3 * num_partials + q, mask=q < num_partials, other=0.0)).to(tl.float32)
-    own_count = tl.cast(n, tl.float64)
-    own_weight = tl.cast(n, tl.float64)
+    in_range = q < num_partials
+    sums1 = tl.load(partials + q, mask=in_range, other=0.0)
+    sums2 = tl.load(partials + num_partials + q, mask=in_range, other=0.0)
+    max_scores = tl.load(partials + 2 * num_partials + q, mask=in_range, other=0.0).to(tl.float32)
+    max_scales = tl.load(partials + 3 * num_partials + q, mask=in_range, other=0.0).to(tl.float32)
+    addends = (sums1, sums2)
     if MASKED:
-        own_count = tl.sum(tl.load(partials + 4 * num_partials + q, mask=q < num_partials, other=0.0))
-        own_weight = tl.sum(tl.load(partials + 5 * num_partials + q, mask=q < num_partials, other=0.0))
+        counts = tl.load(partials + 4 * num_partials + q, mask=in_range, other=0.0)
+        sums_of_weights = tl.load(partials + 5 * num_partials + q, mask=in_range, other=0.0)
+        addends += (counts, sums_of_weights)
+    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(
+        _stack(addends, in_range), _stack((max_scores, max_scales), in_range), n, MASKED
+    )
     statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
     count, mu, sigma, total_weight = statistics_of_all
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    k = tl.arange(0, 16)
-    no_pairs = tl.where(k == MAX_MARGIN, -INF, 0.0)
-    totals = no_pairs
-    for block in range(program, tl.cdiv(n, BLOCK), num_programs):
+    columns = tl.zeros((BLOCK, 2, 2, 2, 2), tl.float32)
+    max_margins = tl.full((BLOCK,), -INF, tl.float32)
+    num_blocks = tl.cdiv(n, BLOCK)
+    for step in range(program, num_blocks, num_programs):
+        block = num_blocks - 1 - step  # the L2 cache still holds the end of what the first launch read
         i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         weights, mask = _load_weights(batch, i, i < n)
-        block_totals = _process_block(
+        more_columns, h = _process_block(
             _load_pairs(batch, i, mask, beta),
             weights,
             margins,
@@ -571,11 +609,13 @@ def _loss_kernel(
             EXP,
             CLIP,
         )
-        totals = _add_totals(totals, block_totals)
-    tl.store(program_totals + program * 16 + k, totals)
+        columns, max_margins = columns + more_columns, tl.maximum(max_margins, h)
+    k = tl.arange(0, 16)
+    tl.store(program_totals + program * 16 + k, _reduce_totals(columns, max_margins))
 
     tl.debug_barrier()  # all threads must have stored their totals before one of them counts this program as done
     if tl.atomic_add(done_counter, 1, sem="acq_rel") == num_programs - 1:
+        no_pairs = tl.where(k == MAX_MARGIN, -INF, 0.0)
         totals = no_pairs
         for first_row in range(0, num_programs, 64):
             row = first_row + tl.arange(0, 64)[:, None]
@@ -643,19 +683,19 @@ def _launch(
         "CLIP": clip,
         "MASKED": masked,
         "MEAN_ON_DEVICE": mean_on_device,
-        "BLOCK_RANKS": triton.next_power_of_2(num_ranks),
+        "BLOCK_RANKS": _next_power_of_2(num_ranks),
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, not on that of the tensors
         if n <= MAX_PAIRS_ONE_LAUNCH:
-            block = max(128, triton.next_power_of_2(n))
-            num_warps = min(max(block // 512, 1), 16)
+            block = max(32, _next_power_of_2(n))
+            num_warps = min(max(block // PAIRS_PER_WARP, 1), 16)
             _one_launch_kernel[(1,)](
                 batch, statistics, margins, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
             )
             return outputs
         num_partials, num_programs = (
-            min(triton.cdiv(n, BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
+            min(-(-n // BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
         )
         partials = loss.new_empty((6, num_partials), dtype=torch.float64)
         program_totals = loss.new_empty((num_programs, 16))
@@ -669,7 +709,7 @@ def _launch(
             beta,
             MASKED=masked,
             BLOCK=BLOCK_PAIRS,
-            num_warps=8,
+            num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
         _loss_kernel[(num_programs,)](
@@ -686,7 +726,7 @@ def _launch(
             **constants,
             MAX_PARTIALS=MAX_STATISTICS_PROGRAMS,
             BLOCK=BLOCK_PAIRS,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
     return outputs
 
@@ -717,7 +757,7 @@ def _launch_moments(
             beta,
             MASKED=masked,
             BLOCK=BLOCK_PAIRS,
-            num_warps=8,
+            num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
     return out
@@ -737,6 +777,10 @@ def _allocate_outputs(
         empty((2,), dtype=torch.float64),
         empty((), dtype=torch.int64),
     )
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()  # that of Triton takes 8 microseconds
 
 
 def _responses(
@@ -788,7 +832,11 @@ class _PairLoss(torch.autograd.Function):
         if grad_output is None:
             return no_gradients
         gradient, *logps = ctx.saved_tensors
-        grad_chosen, grad_rejected = _ScaledGradient.apply(gradient, grad_output, *logps).unbind()
+        if torch.is_grad_enabled():  # as with create_graph=True
+            scaled = _ScaledGradient.apply(gradient, grad_output, *logps)
+        else:
+            scaled = gradient * grad_output
+        grad_chosen, grad_rejected = scaled.unbind()
         needed = ctx.needs_input_grad
         return (
             grad_chosen.to(logps[0].dtype) if needed[0] else None,
@@ -797,6 +845,10 @@ class _PairLoss(torch.autograd.Function):
             -grad_rejected.to(logps[3].dtype) if needed[3] else None,
             *no_gradients[4:],
         )
+
+
+# Autograd asks for the signature in each call, and finding it out takes longer than launching the kernel.
+setattr(_PairLoss.forward, "__signature__", inspect.signature(_PairLoss.forward))
 
 
 class _ScaledGradient(torch.autograd.Function):

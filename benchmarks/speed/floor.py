@@ -1,6 +1,6 @@
 """A lower bound for the time of a fused loss: an autograd function that launches one empty Triton kernel.
 
-Depends on torch and triton.
+Depends on torch, Triton and the bundles of arguments of the kernel.
 """
 
 from typing import Any
@@ -9,9 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from amapo_loss.kernels.pair_loss import Batch, Margins, Outputs, Responses, Statistics
+
 
 @triton.jit
-def _empty(CHOSEN, REJECTED, STATISTICS, BETA, OUT, n, beta, eps, scale):
+def _empty(batch, statistics, margins, beta_ptr, out, n, beta, label_smoothing, loss_scale):
     """Do nothing. The arguments are those of the kernel of `amapo_loss`, so that a launch costs the same."""
 
 
@@ -24,9 +26,10 @@ class _EmptyKernel(torch.autograd.Function):
     ) -> Tensor:
         loss, gradients = chosen_logps.new_empty(()), chosen_logps.new_empty((2, len(chosen_logps)))
         ctx.save_for_backward(gradients)
-        sides = [(logps, logps.stride(0), None, 0, None, 0) for logps in (chosen_logps, rejected_logps)]
-        out = (loss, gradients, gradients, loss, loss, loss)
-        _empty[(1,)](*sides, (None, None, None, 1), None, out, len(chosen_logps), 2.0, 0.0, 1.0, num_warps=1)
+        sides = [Responses(logps, logps.stride(0), None, 0, None, 0) for logps in (chosen_logps, rejected_logps)]
+        batch, statistics, margins = Batch(*sides, None, 0), Statistics(None, None, None, 1), Margins(None, 0, 0.0)
+        out = Outputs(loss, gradients, gradients, loss, loss, loss)
+        _empty[(1,)](batch, statistics, margins, None, out, len(chosen_logps), 2.0, 0.0, 1.0, num_warps=1)
         return loss
 
     @staticmethod

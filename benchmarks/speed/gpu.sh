@@ -3,26 +3,48 @@
 #
 #     benchmarks/speed/gpu.sh [folder]
 #
-# JSON files, pictures and one log are written to the folder (default: build/gpu). The head benchmark includes the
-# libraries it compares with if they are installed.
+# JSON files, pictures and one log are written to the folder (default: build/gpu). The most telling steps come first, and
+# each benchmark writes its file after every size, so that a run that is cut off leaves what it has found. The head
+# benchmark includes the libraries it compares with if they are installed.
 #
 # PYTHON=  The Python to use (default: python3). The package is installed into it, because the PyTorch of that Python is
 #          the one to measure. Dependencies are not installed, so the script needs no package index.
 # WHEELS=  A folder of wheels to install first.
+# STEPS=   The steps to run, in this order (default: all of them).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export COLUMNS=120 # the benchmarks would otherwise truncate their tables to 80 columns, because stdout is a pipe
+export PYTHONUNBUFFERED=1
 exec > >(tee "$out/log.txt") 2>&1
 failed=""
 
-step() { # arguments: name, time limit in seconds, command
+step() { # arguments: name, time limit in seconds, command. The step is interrupted, so that it can still report.
   echo "== $1: ${*:3}"
   local start=$SECONDS
-  timeout "$2" "${@:3}" || failed+=" $1"
+  timeout --signal INT --kill-after 10 "$2" "${@:3}" || failed+=" $1"
   echo "== $1: $((SECONDS - start)) s"
+}
+
+pytest() { # arguments: name, time limit in seconds, arguments of pytest
+  local workers=""
+  if "$python" -c "import xdist" 2> /dev/null; then workers="--numprocesses $(($(nproc) - 2)) --dist worksteal"; fi
+  # A warning of a library that is newer here than in development must not fail a test.
+  step "$1" "$2" "$python" -m pytest -q -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}"
+}
+
+run() {
+  case $1 in
+    report) step report 30 "$python" -m amapo_loss ;;
+    essentials) pytest essentials 120 tests/loss/test_pair_loss.py tests/logps -k "OnAGpu or OnGPU or boundary" ;;
+    latency) step latency 120 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json" ;;
+    head) step head 120 "$python" -m benchmarks.speed.head --out "$out/head_gpu.json" ;;
+    tests) pytest tests 180 tests/loss tests/logps ;;
+    trainer) step trainer 60 "$python" -m benchmarks.speed.trainer --out "$out/trainer_gpu.json" ;;
+    *) echo "unknown step $1" && failed+=" $1" ;;
+  esac
 }
 
 if [ -n "${WHEELS:-}" ]; then
@@ -30,10 +52,8 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-step report 30 "$python" -m amapo_loss
-step tests 180 "$python" -m pytest -q -m gpu -p no:cacheprovider
-step latency 90 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json"
-step head 120 "$python" -m benchmarks.speed.head --out "$out/head_gpu.json"
-step trainer 60 "$python" -m benchmarks.speed.trainer --out "$out/trainer_gpu.json"
+for name in ${STEPS:-report essentials latency head tests trainer}; do
+  run "$name"
+done
 echo "== done in $SECONDS s${failed:+, failed:$failed}"
 [ -z "$failed" ]

@@ -458,6 +458,12 @@ def main() -> None:
 
     console = Console()
     rows: list[dict[str, Any]] = []
+    results = {
+        "rounds": args.rounds,
+        "peers": {package: version_of(package) for package in ("trl", "liger-kernel", "cut-cross-entropy")},
+        "cases": {name: CASES[name]._asdict() | {"dtype": str(CASES[name].dtype)} for name in args.case},
+        "rows": rows,
+    }
     with Progress(console=console) as progress:
         for case in args.case:
             batch = generate_batch(CASES[case])
@@ -465,6 +471,7 @@ def main() -> None:
                 batch = batch.as_leaves(trainable=head == "trainable")
                 costs = measure_costs(batch, device, args.rounds, progress, f"{case}, {head}")
                 rows += cost_rows(case, head, costs)
+                write_json(args.out, "benchmarks.speed.head", results)  # a run that is cut off leaves what it has
         bar = progress.add_task("precision", total=1)
         precisions = measure_precision(device)
         progress.advance(bar)
@@ -490,13 +497,7 @@ def main() -> None:
         {variant: precision_cells(precision) for variant, precision in precisions.items()},
     )
 
-    results = {
-        "rounds": args.rounds,
-        "peers": {package: version_of(package) for package in ("trl", "liger-kernel", "cut-cross-entropy")},
-        "cases": {name: CASES[name]._asdict() | {"dtype": str(CASES[name].dtype)} for name in args.case},
-        "rows": rows,
-        "precision": {variant: precision._asdict() for variant, precision in precisions.items()},
-    }
+    results["precision"] = {variant: precision._asdict() for variant, precision in precisions.items()}
     write_json(args.out, "benchmarks.speed.head", results)
     draw(args.out.with_suffix(".png"), rows)
     console.print(f"wrote {args.out.name} and {args.out.stem}.png in {args.out.parent}", soft_wrap=True)

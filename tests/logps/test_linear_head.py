@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from amapo_loss.logps._linear_head import _mm_out
 from benchmarks.speed.memory import peak_bytes
-from tests.support.backends import GPU, every_tiling, tiled
+from tests.support.backends import GPU, every_tiling, no_synchronization, tiled
+from tests.support.generators import examples
 from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 from tests.support.ranks import on_ranks
 
@@ -176,7 +177,7 @@ def rounding_error_bounds(
 
 
 @every_tiling
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     n=st.integers(0, 4),
     length=st.integers(0, 7),
@@ -441,7 +442,7 @@ def test_confident_tokens_keep_their_gradient(backend: str, requires_grad: str) 
 
 
 @every_tiling
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     doubt=st.floats(-6, -1).map(lambda x: 10**x),
     grad_scale=st.floats(-10, 16).map(lambda x: 2**x),
@@ -549,7 +550,7 @@ def assert_as_exact_as_autograd(
 
 
 @every_tiling
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     vocab_size=st.integers(2, 40),
     requires_grad=st.sampled_from(WITH_GRADIENTS),
@@ -750,6 +751,7 @@ def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
 TARGET_OUT_OF_RANGE = """
 import torch
 from amapo_loss import linear_token_logps
+from tests.support.generators import examples
 hidden = torch.zeros(3, 8, device="cuda", requires_grad=True)
 linear_token_logps(hidden, torch.zeros(5, 8, device="cuda"), torch.tensor([0, {}, 4], device="cuda")).sum().item()
 """
@@ -786,17 +788,16 @@ class TestOnGPU:
     def test_log_probs_do_not_synchronize_with_the_device(self, requires_grad: str) -> None:
         head = random_head(1, 64, 32, 1000, requires_grad).to("cuda", torch.bfloat16)
         target_ids = torch.arange(64, device="cuda")
-        torch.cuda.set_sync_debug_mode("error")
-        linear_token_logps(head.hidden[0], head.weight, target_ids, keep_bytes=10**6).sum().backward()
-        sequence_logps(head.logits(), target_ids[None]).sum().backward()
-        torch.cuda.set_sync_debug_mode("default")
+        with no_synchronization():
+            linear_token_logps(head.hidden[0], head.weight, target_ids, keep_bytes=10**6).sum().backward()
+            sequence_logps(head.logits(), target_ids[None]).sum().backward()
 
     @pytest.mark.parametrize("target_id", [-1, 5, 2**32 + 3])
     def test_a_target_outside_the_vocabulary_fails_a_device_side_assertion(self, target_id: int) -> None:
         code = TARGET_OUT_OF_RANGE.format(target_id)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         assert result.returncode != 0
-        assert b"device-side assert" in result.stderr
+        assert b"Assertion" in result.stderr  # printed by the kernel; what PyTorch raises afterwards varies
 
     def test_logits_may_have_more_than_2_to_the_31_elements(self) -> None:
         """Offsets in the kernels have to be 64-bit integers."""

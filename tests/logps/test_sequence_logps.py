@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from amapo_loss import amapo_loss, sequence_logps
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import every_tiling, tiled
+from tests.support.generators import examples
 from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 
 # How logits [N, T, V] may lie in memory.
@@ -26,7 +27,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @every_tiling
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     n=st.integers(0, 4),
     length=st.integers(0, 9),
@@ -129,7 +130,7 @@ def test_equal_logits_of_any_size_give_the_uniform_distribution(backend: str, va
 
 
 @every_tiling
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     vocab_size=st.integers(2, 50),
     spread=st.sampled_from([0.1, 3.0, 30.0]),

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amapo_loss import ScoreStatistics, ScoreWindow, Totals, amapo_loss, dpo_loss
 from tests.support.backends import OnBackend, every_backend
-from tests.support.generators import Batch, Options, batches, float32_logps, loss_options, random_logps
+from tests.support.generators import Batch, Options, batches, examples, float32_logps, loss_options, random_logps
 
 KEYS = [
     "rewards/chosen",
@@ -141,7 +141,7 @@ def test_dpo_has_the_same_diagnostics() -> None:
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(
     batches(),
     loss_options,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -27,6 +27,7 @@ from tests.support.generators import (
     NO_SPREAD,
     every_loss,
     every_margin,
+    examples,
     gradients,
     random_logps,
     score_statistics,
@@ -46,7 +47,7 @@ def test_one_pair_is_simpo_with_gamma_0(loss_fn: OnBackend, margin: AdaptiveMarg
 
 
 @every_backend
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.integers(2, 500),
     st.floats(-1e3, 1e3),
@@ -71,7 +72,7 @@ def test_equal_scores_get_no_margin(
 
 
 @every_backend
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.integers(2, 500), st.integers(0, 2**31), st.floats(-30, 30), st.sampled_from(MARGINS), st.booleans())
 def test_scores_that_differ_only_by_rounding_get_no_margin(
     loss_fn: OnBackend, n: int, seed: int, difference: float, margin: AdaptiveMargin, with_ref: bool
@@ -85,7 +86,7 @@ def test_scores_that_differ_only_by_rounding_get_no_margin(
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(st.floats(-2.0, 2.0).filter(lambda x: abs(x) > 0.01), st.integers(0, 50))
 def test_a_pair_at_the_mean_gets_no_margin(loss_fn: OnBackend, offset: float, extra_steps: int) -> None:
     """The other scores lie symmetrically around pair 0, so its score is the mean up to the rounding of the sum."""

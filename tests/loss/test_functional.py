@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amapo_loss import AdaptiveMargin, ScoreStatistics, ScoreWindow, amapo_loss, dpo_loss, simpo_loss
@@ -18,6 +18,7 @@ from tests.support.generators import (
     Batch,
     Options,
     batches,
+    examples,
     float32_logps,
     gradients,
     loss_options,
@@ -27,7 +28,7 @@ from tests.support.generators import (
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options)
 def test_pairs_at_or_above_a_positive_mean_get_no_paper_margin(
     loss_fn: OnBackend, batch: Batch, options: Options
@@ -40,7 +41,7 @@ def test_pairs_at_or_above_a_positive_mean_get_no_paper_margin(
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options, st.sampled_from(MARGINS), st.integers(0, 2**31))
 def test_permuting_the_pairs_permutes_the_outputs(
     loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin, seed: int
@@ -62,7 +63,7 @@ def test_permuting_the_pairs_permutes_the_outputs(
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options)
 def test_amapo_without_margins_is_simpo_with_gamma_0(loss_fn: OnBackend, batch: Batch, options: Options) -> None:
     inputs = float32_logps(batch)
@@ -79,7 +80,7 @@ def test_amapo_without_margins_is_simpo_with_gamma_0(loss_fn: OnBackend, batch: 
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options)
 def test_gradient_weights_are_at_least_those_of_simpo_with_gamma_0(
     loss_fn: OnBackend, batch: Batch, options: Options
@@ -92,7 +93,7 @@ def test_gradient_weights_are_at_least_those_of_simpo_with_gamma_0(
     assert torch.equal(amapo.gradient_weights[no_margin], simpo.gradient_weights[no_margin])
 
 
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options, st.sampled_from(MARGINS))
 def test_no_gradient_reaches_the_statistics(batch: Batch, options: Options, margin: AdaptiveMargin) -> None:
     """The gradient is that of a loss whose margins are constants."""
@@ -114,7 +115,7 @@ def test_no_gradient_reaches_supplied_statistics() -> None:
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options, st.sampled_from(MARGINS), st.integers(0, 2**31))
 def test_each_grad_output_scales_the_gradient_of_its_pair(
     loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin, seed: int
@@ -192,7 +193,7 @@ def test_the_reference_is_subtracted_and_the_lengths_divide(loss_fn: OnBackend) 
 
 
 @every_backend
-@settings(deadline=None)
+@examples()
 @given(batches(), loss_options, st.sampled_from(MARGINS), st.integers(1, 5))
 def test_micro_batches_with_the_statistics_of_the_whole_batch_add_up_to_it(
     loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin, num_micro_batches: int
@@ -303,7 +304,7 @@ def test_weights_above_0_change_neither_the_statistics_nor_the_margins(loss_fn: 
 
 
 @every_backend
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(batches(), loss_options, st.sampled_from(MARGINS), st.sampled_from([0.25, 2.0, 1024.0]))
 def test_a_common_factor_of_the_weights_changes_nothing_in_the_mean(
     loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin, factor: float
@@ -317,7 +318,7 @@ def test_a_common_factor_of_the_weights_changes_nothing_in_the_mean(
 
 
 @every_backend
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(batches(), loss_options)
 def test_margins_may_be_given_in_any_form(loss_fn: OnBackend, batch: Batch, options: Options) -> None:
     """The adaptive margins, given as a tensor or by a function, give the same loss and gradients."""
@@ -371,7 +372,7 @@ def test_no_gradient_reaches_margins_weights_and_beta(loss_fn: OnBackend) -> Non
 
 
 @every_backend
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(batches(), loss_options, st.sampled_from(MARGINS))
 def test_beta_may_be_a_tensor(loss_fn: OnBackend, batch: Batch, options: Options, margin: AdaptiveMargin) -> None:
     """It gives what the Python number gives, up to the rounding of the tensor to float32."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amapo_loss import AdaptiveMargin, ScoreStatistics, dpo_loss, simpo_loss
@@ -20,6 +20,7 @@ from tests.support.generators import (
     as_float64,
     batches,
     dtypes,
+    examples,
     loss_options,
     to_tensors,
     unit_of,
@@ -38,7 +39,7 @@ GIVEN_MARGINS = ("number", "tensor", "function")
 
 
 @every_backend
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(
     batches(),
     st.sampled_from(MARGINS) | st.sampled_from(GIVEN_MARGINS),
@@ -125,7 +126,7 @@ def test_amapo_loss_agrees_with_the_oracle(
 
 
 @every_backend
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(batches(), st.sampled_from(MARGINS), loss_options, st.floats(-2, 2), st.floats(0.01, 3))
 def test_amapo_loss_with_supplied_statistics_agrees_with_the_oracle(
     loss_fn: OnBackend,
@@ -147,7 +148,7 @@ def test_amapo_loss_with_supplied_statistics_agrees_with_the_oracle(
     assert_matches(actual, logps, expected, "mean", 2.0**-23)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(batches(), loss_options, st.sampled_from([None, 0.0, 0.5, -1.5, 5.0]), st.sampled_from(["mean", "sum", "none"]))
 def test_dpo_and_simpo_agree_with_the_oracle(
     batch: Batch, options: Options, gamma: float | None, reduction: Any

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
 from amapo_loss._moments import mean_std_count, merge_moments, moments
 from tests.support.backends import OnBackend, every_backend, triton_loss
-from tests.support.generators import random_logps
+from tests.support.generators import examples, random_logps
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(2, 5000), st.floats(-4, 4), st.integers(-3, 3), st.integers(0, 2**31), st.booleans())
 def test_statistics_of_a_batch_agree_with_numpy(n: int, mean: float, magnitude: int, seed: int, float64: bool) -> None:
     dtype = torch.float64 if float64 else torch.float32
@@ -58,7 +58,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert not statistics.mean.requires_grad
 
 
-@settings(deadline=None)
+@examples()
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=8),
     st.floats(-1e3, 1e3),
@@ -77,7 +77,7 @@ def test_merged_moments_are_those_of_all_scores(sizes: list[int], mean: float, s
     assert statistics.std.item() == pytest.approx(expected, rel=1e-8, abs=1e-15 * abs(mean))
 
 
-@settings(deadline=None)
+@examples()
 @given(
     st.integers(1, 40),
     st.lists(st.one_of(st.integers(0, 6), st.integers(0, 60)), max_size=12),
@@ -155,7 +155,7 @@ def test_a_resumed_window_gives_the_same_next_loss() -> None:
         assert torch.equal(*losses)
 
 
-@settings(deadline=None)
+@examples()
 @given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 9), max_size=5))
 def test_a_window_of_another_size_loads_the_newest_scores(size: int, other_size: int, batch_sizes: list[int]) -> None:
     window, scores = ScoreWindow(size), torch.arange(float(sum(batch_sizes)), requires_grad=True)
@@ -219,7 +219,7 @@ def test_the_estimator_may_be_a_function_of_the_caller(loss_fn: OnBackend) -> No
 
     chosen, rejected = random_logps(33)
     with torch.no_grad():
-        chosen[3] = 1e3
+        chosen[3] = 10  # an outlier, but no margin so large that it depends on the rounding of the mean
     scores = 2 * (chosen - rejected).detach()
     output = loss_fn(chosen, rejected, statistics=robust_estimator)
     assert output.diagnostics.statistics.mean == scores.median()

@@ -4,6 +4,7 @@ The callables take and return CPU tensors, whatever the device that the backend 
 interprets its kernels on the CPU.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,15 +12,30 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from amapo_loss import AMaPOOutput, Diagnostics, amapo_loss
 from amapo_loss.kernels import pair_loss
 from amapo_loss.logps import _linear_head, _online_lse
 
 GPU = torch.cuda.is_available()
+
+
+def _sum_in_pairs(self: interpreter.ReduceOps, x: Any) -> Any:
+    """Sum as a GPU does, in a tree. NumPy does so along contiguous memory, and elsewhere adds one number at a time."""
+    axis = 0 if self.axis is None else self.axis
+    data = x.handle.data.ravel() if self.axis is None else x.handle.data
+    in_memory_order = np.ascontiguousarray(np.moveaxis(data, axis, -1))
+    return self.to_tensor(in_memory_order.sum(-1), x.dtype)
+
+
+if not GPU:
+    interpreter.ReduceOps.sum = _sum_in_pairs
+
 on_gpu = [pytest.mark.gpu] if GPU else []  # the marks of a test that runs on a GPU where there is one
 
 
@@ -73,6 +89,18 @@ every_backend = pytest.mark.parametrize(
         pytest.param(two_launches, id="triton in two launches", marks=on_gpu),
     ],
 )
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Make PyTorch raise an error for every operation that makes the host wait for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that it does not detect all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # The log-prob functions process their logits in tiles.

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, amapo_loss, dpo_loss, simpo_loss
-from tests.support.backends import OnBackend, on_gpu, triton_loss, two_launches
+from tests.support.backends import GPU, OnBackend, on_gpu, triton_loss, two_launches
 from tests.support.oracle import Array
 
 # Margins.
@@ -30,7 +31,13 @@ every_margin = pytest.mark.parametrize(
     "margin", MARGINS, ids=lambda m: f"{m.formula}-{m.normalize}-{m.scaling}-{m.clip}-{m.floor}"
 )
 
-# Hypothesis strategies.
+# Hypothesis: settings and strategies.
+
+
+def examples(n: int = 100) -> settings:
+    """Return the settings of a test with n examples, or a tenth of them on a GPU, where most compile a kernel."""
+    return settings(max_examples=max(n // 10, 5) if GPU else n, deadline=None)
+
 
 Batch = tuple[Array, Array]  # chosen and rejected log-probs, [n] each
 Options = dict[str, float]
