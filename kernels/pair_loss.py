@@ -27,10 +27,9 @@ from amapo_loss.statistics import ScoreStatistics
 # From measurements on an H200.
 MAX_PAIRS_ONE_LAUNCH = 4096
 PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
-BLOCK_PAIRS = 512  # pairs that a program holds at a time, with two launches
-NUM_WARPS = 8  # with two launches
+BLOCK_PAIRS = 1024  # pairs that a program holds at a time, with two launches; half of them with lengths or weights
 MAX_STATISTICS_PROGRAMS = 512  # in the first launch, so that each program of the second can add up the partial sums
-MAX_LOSS_PROGRAMS = 1024  # in the second launch, so that its last program can add up the totals
+MAX_LOSS_PROGRAMS = 264  # in the second launch; the more there are, the more totals its last program adds up
 
 MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
@@ -694,8 +693,9 @@ def _launch(
                 batch, statistics, margins, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
             )
             return outputs
+        block = BLOCK_PAIRS // 2 if masked else BLOCK_PAIRS
         num_partials, num_programs = (
-            min(-(-n // BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
+            min(-(-n // block), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
         )
         partials = loss.new_empty((6, num_partials), dtype=torch.float64)
         program_totals = loss.new_empty((num_programs, 16))
@@ -708,8 +708,8 @@ def _launch(
             n,
             beta,
             MASKED=masked,
-            BLOCK=BLOCK_PAIRS,
-            num_warps=NUM_WARPS,
+            BLOCK=block,
+            num_warps=8,
             enable_fp_fusion=False,
         )
         _loss_kernel[(num_programs,)](
@@ -725,8 +725,8 @@ def _launch(
             num_partials,
             **constants,
             MAX_PARTIALS=MAX_STATISTICS_PROGRAMS,
-            BLOCK=BLOCK_PAIRS,
-            num_warps=NUM_WARPS,
+            BLOCK=block,
+            num_warps=8,
         )
     return outputs
 
@@ -757,7 +757,7 @@ def _launch_moments(
             beta,
             MASKED=masked,
             BLOCK=BLOCK_PAIRS,
-            num_warps=NUM_WARPS,
+            num_warps=8,
             enable_fp_fusion=False,
         )
     return out
@@ -848,7 +848,7 @@ class _PairLoss(torch.autograd.Function):
 
 
 # Autograd asks for the signature in each call, and finding it out takes longer than launching the kernel.
-setattr(_PairLoss.forward, "__signature__", inspect.signature(_PairLoss.forward))
+_PairLoss.forward.__signature__ = inspect.signature(_PairLoss.forward)  # type: ignore[attr-defined]
 
 
 class _ScaledGradient(torch.autograd.Function):

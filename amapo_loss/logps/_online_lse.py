@@ -28,7 +28,7 @@ from torch import Tensor
 from amapo_loss import kernels
 
 # Elements in a tile: enough for fast matrix products, and little memory beside a model and its optimizer.
-TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 BLOCK_MULTIPLE = 128  # the length of a block is a multiple of this, which suits matrix units, unless one block is all
 CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
 

@@ -54,11 +54,8 @@ LOSS_ONLY = next(iter(OUTPUTS))
 MANY_PAIRS = 1_000_000
 
 
-class Variant(NamedTuple):
-    """One implementation of the loss, with a step for each entry of `OUTPUTS` that it supports."""
-
-    steps: dict[str, Step]
-    capturable: bool = True  # False if the step replays a CUDA graph of its own, which another graph cannot capture
+# One implementation of the loss: a step for each entry of `OUTPUTS` that it supports.
+Variant = dict[str, Step]
 
 
 def released_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 2.0, eps: float = 0.0) -> Tensor:
@@ -94,41 +91,40 @@ def variants(device: str) -> dict[str, Variant]:
     eager = {name: step_that_reads(partial(amapo_loss, backend="torch"), read) for name, read in OUTPUTS.items()}
     # On a GPU, a step takes seconds to compile for each batch size, and the diagnostics change little.
     to_compile = {LOSS_ONLY: eager[LOSS_ONLY]} if device == "cuda" else eager
-    available = {
-        BASELINE: Variant({LOSS_ONLY: released_step}),
-        "amapo_loss, eager": Variant(eager),
-        "released loss, torch.compile": Variant({LOSS_ONLY: compiled(released_step)}),
-        "amapo_loss, torch.compile": Variant({name: compiled(step) for name, step in to_compile.items()}),
+    available: dict[str, Variant] = {
+        BASELINE: {LOSS_ONLY: released_step},
+        "amapo_loss, eager": eager,
+        "released loss, torch.compile": {LOSS_ONLY: compiled(released_step)},
+        "amapo_loss, torch.compile": {name: compiled(step) for name, step in to_compile.items()},
     }
     if device == "cuda":
         from benchmarks.speed.floor import empty_kernel
 
-        reduce_overhead = {name: compiled(step, mode="reduce-overhead") for name, step in to_compile.items()}
         available |= {
-            "amapo_loss, reduce-overhead": Variant(reduce_overhead, capturable=False),
-            "amapo_loss, Triton kernel": Variant(
-                {name: step_that_reads(amapo_loss, read) for name, read in OUTPUTS.items()}
-            ),
-            "empty Triton kernel": Variant({LOSS_ONLY: lambda *inputs: (empty_kernel(*inputs), ())}),
+            "amapo_loss, reduce-overhead": {
+                name: compiled(step, mode="reduce-overhead") for name, step in to_compile.items()
+            },
+            "amapo_loss, Triton kernel": {name: step_that_reads(amapo_loss, read) for name, read in OUTPUTS.items()},
+            "empty Triton kernel": {LOSS_ONLY: lambda *inputs: (empty_kernel(*inputs), ())},
         }
     return available
 
 
 def forward_backward(step: Step, inputs: Inputs) -> Any:
-    """Run forward and backward once; return the diagnostics. Gradients start as None, as after `zero_grad()`."""
-    for tensor in inputs:
-        tensor.grad = None
+    """Run forward and backward once; return the gradients and the diagnostics.
+
+    In training the log-probs come from a model, so their gradients are passed on and not accumulated in `grad`.
+    """
     loss, diagnostics = step(*inputs)
-    loss.backward()
-    return diagnostics
+    return torch.autograd.grad(loss, inputs), diagnostics
 
 
 class Timings(NamedTuple):
     """The measurements of one variant at one batch size. Those that need a GPU are None without one."""
 
     wall: dict[str, list[float]]  # microseconds per step in each round, keyed like `OUTPUTS`
-    device: float | None = None  # microseconds per step, replayed as a CUDA graph
-    launches: int | None = None
+    device: float | None = None  # microseconds per step that the device is busy
+    launches: float | None = None  # kernels, copies and fills per step
     synchronizations: int | None = None
 
 
@@ -141,50 +137,34 @@ def measure(pairs: int, rounds: int, repeats: int, device: str) -> dict[str, Tim
     timers = {
         (name, output): Timer("run(step, inputs)", globals={"run": forward_backward, "step": step, "inputs": inputs})
         for name, variant in available.items()
-        for output, step in variant.steps.items()
+        for output, step in variant.items()
     }
     for timer in timers.values():
         timer.timeit(repeats)  # the first steps compile and warm up, so their times are discarded
     wall: dict[str, dict[str, list[float]]] = {
-        name: {output: [] for output in variant.steps} for name, variant in available.items()
+        name: {output: [] for output in variant} for name, variant in available.items()
     }
     for _ in track(range(rounds), f"{pairs:,} pairs"):
         for (name, output), timer in timers.items():
             wall[name][output].append(timer.timeit(repeats).median * 1e6)
     timings = {name: Timings(times) for name, times in wall.items()}
     if device == "cuda":
-        for name, (steps, capturable) in available.items():
-            run = partial(forward_backward, steps[LOSS_ONLY], inputs)
-            device_time = replay_time(run) if capturable else None
-            timings[name] = Timings(wall[name], device_time, count_launches(run), count_synchronizations(run))
+        for name, variant in available.items():
+            run = partial(forward_backward, variant[LOSS_ONLY], inputs)
+            timings[name] = Timings(wall[name], *device_cost(run), count_synchronizations(run))
     return timings
 
 
-def replay_time(run: Callable[[], Any], repeats: int = 50) -> float:
-    """Return the device time of `run` in microseconds, replayed as a CUDA graph so that the host adds nothing."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        run()
+def device_cost(run: Callable[[], Any], repeats: int = 20) -> tuple[float, float]:
+    """Return how long the device is busy with `run` in microseconds, and with how many kernels, copies and fills."""
+    run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    start.record()
-    for _ in range(repeats):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / repeats * 1e3
-
-
-def count_launches(run: Callable[[], Any]) -> int:
-    """Return the number of kernels, copies and fills that the device executes."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(repeats):
+            run()
         torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profile.events())
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    return sum(event.time_range.elapsed_us() for event in events) / repeats, len(events) / repeats
 
 
 def count_synchronizations(run: Callable[[], Any]) -> int:
@@ -205,8 +185,8 @@ def share_of_copy_bandwidth(pairs: int) -> float:
     chosen_logps, rejected_logps = (torch.randn(pairs, device="cuda").requires_grad_() for _ in range(2))
     source = torch.randn(7 * pairs // 2, device="cuda")  # the copy reads 14 bytes per pair and writes 14
     target = torch.empty_like(source)
-    copy_time = replay_time(lambda: target.copy_(source))
-    return copy_time / replay_time(lambda: amapo_loss(chosen_logps, rejected_logps).loss)
+    copy_time, _ = device_cost(lambda: target.copy_(source))
+    return copy_time / device_cost(lambda: amapo_loss(chosen_logps, rejected_logps).loss)[0]
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -290,7 +270,7 @@ def main() -> None:
                 )
             gpu_cells = [
                 f"{timing.device:.1f}" if timing.device else "",
-                str(timing.launches),
+                f"{timing.launches:.3g}" if timing.launches else "",
                 str(timing.synchronizations),
             ]
             table.add_row(f"{pairs:,}", name, *cells.values(), *(gpu_cells if device == "cuda" else ()))
