@@ -9,7 +9,7 @@ VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head trainer estimators runs figures tables trl gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -30,6 +30,9 @@ bench: .venv/ready  ## Measure the latency of the loss against the authors' rele
 
 head: .venv/ready  ## Measure time, memory and error of the language-model head against other implementations.
 	$(RUN) benchmarks.speed.head $(ARGS)
+
+sass: .venv/ready  ## Count registers, barriers and instructions of the kernels, compiled for GPUs that need not be present.
+	$(RUN) benchmarks.speed.sass $(ARGS)
 
 trainer: .venv/ready  ## Measure a training step of AMaPOTrainer against one of DPOTrainer.
 	$(RUN) benchmarks.speed.trainer $(ARGS)

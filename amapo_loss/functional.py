@@ -104,8 +104,8 @@ def amapo_loss(
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
             one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. The scores that an
             estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, if it is installed,
-            for log-probs on a GPU unless they are float64, and torch for everything else. The kernel has not run on a
-            GPU yet. Only torch has second derivatives.
+            for log-probs on a GPU unless they are float64, and torch for everything else. Only torch has second
+            derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN

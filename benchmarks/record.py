@@ -3,12 +3,14 @@
 Depends on torch and matplotlib.
 """
 
+import datetime
 import io
 import json
 import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,8 +58,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of Python and its packages, and the hardware."""
+    """Return the date, the versions of Python and its packages, and the hardware."""
     return {
+        "date": datetime.date.today().isoformat(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # the package metadata lacks the build suffix, such as +cpu
@@ -68,6 +71,7 @@ def environment() -> dict[str, Any]:
             "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu driver": _driver_version() if torch.cuda.is_available() else None,
         },
     }
 
@@ -78,6 +82,11 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ the published losses is made from `benchmarks.losses`, all others from JSON.
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def cost_table() -> str:
                 "`make bench`",
             )
         )
+    on_gpu = rows_by(load("latency_gpu")["rows"], "pairs", "variant", "outputs")
+    ours, baseline = (
+        on_gpu[32, variant, "loss only"]["median_us"]
+        for variant in ("amapo_loss, Triton kernel", "released loss, eager")
+    )
+    rows.append(
+        ("`amapo_loss`, 32 pairs, H200", f"{ours:.0f} µs", f"{baseline:.0f} µs", "the authors' loss", "`make bench`")
+    )
     for kind in ("frozen", "trainable"):
         ours, baseline = (
             f"{row['ms']:.0f} ms, {row['workspace_mb']:.0f} MB"
@@ -76,6 +85,23 @@ def cost_table() -> str:
         rows.append(
             (f"`linear_sequence_logps`, {kind} head", ours, baseline, "logits of the response tokens", "`make head`")
         )
+    head_on_gpu = rows_by(load("head_gpu")["rows"], "case", "variant")
+    ours, baseline = (
+        f"{row['ms']:.0f} ms, {row['workspace_mb']:,.0f} MB"
+        for row in (
+            head_on_gpu["Llama-3-8B", "linear_sequence_logps"],
+            head_on_gpu["Llama-3-8B", "full logits, counted tokens only"],
+        )
+    )
+    rows.append(
+        (
+            "`linear_sequence_logps`, frozen head, H200",
+            ours,
+            baseline,
+            "logits of the response tokens",
+            "`make head`",
+        )
+    )
     ours, baseline = (
         f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
         for name in ("AMaPOTrainer", "DPOTrainer, precomputed reference")
@@ -104,6 +130,21 @@ def head_table() -> str:
                 ]
         table.append(cells)
     return markdown(("", "frozen: ms", "MB", "error", "trainable: ms", "MB", "error"), table)
+
+
+def head_gpu_table() -> str:
+    """Return time, memory and error of a frozen head on a GPU, for two models side by side."""
+    results = load("head_gpu")
+    by_case = rows_by(results["rows"], "case", "variant")
+    table = []
+    for variant in dict.fromkeys(row["variant"] for row in results["rows"]):
+        cells = [variant]
+        for case in results["cases"]:
+            row = by_case[case, variant]
+            cells += [f"{row['ms']:.0f} ({row['ratio']:.2f})", f"{row['workspace_mb']:,.0f}", f"{row['errors'][0]:.1e}"]
+        table.append(cells)
+    headings = (heading for case in results["cases"] for heading in (f"{case}: ms", "MB", "error"))
+    return markdown(("", *headings), table)
 
 
 def precision_table() -> str:
@@ -193,17 +234,19 @@ def compare_table() -> str:
     return markdown(("", *columns.values()), rows)
 
 
-def latency_table() -> str:
-    """Return the latency of the loss on a CPU."""
-    rows = load("latency_cpu")["rows"]
+def latency_table(name: str = "latency_cpu") -> str:
+    """Return the latency of the loss. On a GPU, also how long the device is busy, and with how many launches."""
+    rows = load(name)["rows"]
+    device = {"device_us": "device µs", "launches": "launches"} if rows[0]["device_us"] is not None else {}
     outputs = list(dict.fromkeys(row["outputs"] for row in rows))
     by_outputs = rows_by(rows, "pairs", "variant", "outputs")
     table = []
     for pairs, variant in dict.fromkeys((row["pairs"], row["variant"]) for row in rows):
         found = [by_outputs.get((pairs, variant, name)) for name in outputs]
-        cells = ["" if row is None else f"{row['median_us']:.0f} ({row['ratio']:.2f})" for row in found]
+        cells = ["" if row is None else f"{row['median_us']:,.0f} ({row['ratio']:.2f})" for row in found]
+        cells += [f"{by_outputs[pairs, variant, outputs[0]][key]:,.3g}".replace("e+03", "e3") for key in device]
         table.append((f"{pairs:,}", variant, *cells))
-    return markdown(("pairs", "", *outputs), table, numbers_from=2)
+    return markdown(("pairs", "", *outputs, *device.values()), table, numbers_from=2)
 
 
 def trainer_table() -> str:
@@ -254,11 +297,13 @@ def gradient_flow_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "head": head_table,
+    "head-gpu": head_gpu_table,
     "precision": precision_table,
     "losses": losses_table,
     "compare": compare_table,
     "demo": demo_table,
     "latency": latency_table,
+    "latency-gpu": partial(latency_table, "latency_gpu"),
     "trainer": trainer_table,
     "estimators": estimators_table,
     "gradient-flow": gradient_flow_table,

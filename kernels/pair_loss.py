@@ -27,7 +27,7 @@ from amapo_loss.statistics import ScoreStatistics
 # From measurements on an H200.
 MAX_PAIRS_ONE_LAUNCH = 4096
 PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
-BLOCK_PAIRS = 1024  # pairs that a program holds at a time, with two launches; half of them with lengths or weights
+BLOCK_PAIRS = 1024  # pairs that a program holds at a time, with two launches
 MAX_STATISTICS_PROGRAMS = 512  # in the first launch, so that each program of the second can add up the partial sums
 MAX_LOSS_PROGRAMS = 264  # in the second launch; the more there are, the more totals its last program adds up
 
@@ -693,9 +693,8 @@ def _launch(
                 batch, statistics, margins, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
             )
             return outputs
-        block = BLOCK_PAIRS // 2 if masked else BLOCK_PAIRS
         num_partials, num_programs = (
-            min(-(-n // block), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
+            min(-(-n // BLOCK_PAIRS), limit) for limit in (MAX_STATISTICS_PROGRAMS, MAX_LOSS_PROGRAMS)
         )
         partials = loss.new_empty((6, num_partials), dtype=torch.float64)
         program_totals = loss.new_empty((num_programs, 16))
@@ -708,7 +707,7 @@ def _launch(
             n,
             beta,
             MASKED=masked,
-            BLOCK=block,
+            BLOCK=BLOCK_PAIRS,
             num_warps=8,
             enable_fp_fusion=False,
         )
@@ -725,7 +724,7 @@ def _launch(
             num_partials,
             **constants,
             MAX_PARTIALS=MAX_STATISTICS_PROGRAMS,
-            BLOCK=block,
+            BLOCK=BLOCK_PAIRS,
             num_warps=8,
         )
     return outputs

@@ -31,12 +31,14 @@ step() { # arguments: name, time limit in seconds, command. The step is interrup
 pytest() { # arguments: name, time limit in seconds, arguments of pytest
   local workers=""
   if "$python" -c "import xdist" 2> /dev/null; then workers="--numprocesses $(($(nproc) - 2)) --dist worksteal"; fi
+  # -v prints a line for each test, so that a run that is cut off has named its failures.
   # A warning of a library that is newer here than in development must not fail a test.
-  step "$1" "$2" "$python" -m pytest -q -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}"
+  step "$1" "$2" "$python" -m pytest -v -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}"
 }
 
 run() {
   case $1 in
+    install) step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable . ;;
     report) step report 30 "$python" -m amapo_loss ;;
     essentials) pytest essentials 120 tests/loss/test_pair_loss.py tests/logps -k "OnAGpu or OnGPU or boundary" ;;
     latency) step latency 120 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json" ;;
@@ -50,9 +52,7 @@ run() {
 if [ -n "${WHEELS:-}" ]; then
   step wheels 60 "$python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
-step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-for name in ${STEPS:-report essentials latency head tests trainer}; do
+for name in ${STEPS:-install report essentials latency head tests trainer}; do
   run "$name"
 done
 echo "== done in $SECONDS s${failed:+, failed:$failed}"

@@ -196,17 +196,19 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4), squeeze=False)
     for panel, (key, title) in zip(panels[0], titles.items()):
         for name in dict.fromkeys(row["variant"] for row in rows):
-            points = [
+            points = sorted(
                 (row["pairs"], row[key])
                 for row in rows
                 if row["variant"] == name and row["outputs"] == LOSS_ONLY and row[key] is not None
-            ]
+            )
             if points:
                 panel.plot(*zip(*points), "o-", label=name)
-        panel.set(xscale="log", xlabel="pairs in the batch", ylabel="forward + backward [µs]", ylim=(0, None))
+        panel.set(xscale="log", xlabel="pairs in the batch", ylabel="forward + backward [µs]")
         panel.set(title=f"Loss without diagnostics: {title}")
         if max(row["pairs"] for row in rows) >= MANY_PAIRS:
-            panel.set(yscale="log", ylim=(None, None))
+            panel.set(yscale="log")
+        else:
+            panel.set(ylim=(0, None))
     panels[0][0].legend()
     figure.tight_layout()
     write_picture(path, figure)

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -281,3 +283,14 @@ def test_formulas_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["formulas", "--out", str(out)])
     formulas.main()
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_script_runs_the_given_steps_and_names_those_that_failed(tmp_path: Path) -> None:
+    script = Path(latency.__file__).with_name("gpu.sh")
+    environment = os.environ | {"PYTHON": sys.executable, "STEPS": "report nonsense"}
+    result = subprocess.run(["bash", str(script), str(tmp_path)], env=environment, capture_output=True, check=False)
+    log = (tmp_path / "log.txt").read_text()
+    assert result.returncode == 1, log
+    assert "== report: " in log
+    assert "amapo-loss" in log
+    assert "failed: nonsense" in log
