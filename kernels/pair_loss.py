@@ -1,9 +1,10 @@
 r"""The AMaPO loss of a batch in one or two kernel launches, with its gradient and the totals of its summary.
 
-Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch computes the
-statistics and a second one the loss. This file has, from top to bottom, bundles of kernel arguments, the mathematics in
-the order and with the symbols of `amapo_loss._reference`, the kernels, their launch, the operators that PyTorch sees,
-and the functions that `amapo_loss.functional` calls. Depends on torch, Triton and the types of `amapo_loss`.
+Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch writes partial
+sums of the scores, and a second one computes the statistics and the loss. This file has, from top to bottom, bundles of
+kernel arguments, the mathematics in the order and with the symbols of `amapo_loss._reference`, the kernels, their
+launch, the operators that PyTorch sees, and the functions that `amapo_loss.functional` calls. Depends on torch, Triton
+and the types of `amapo_loss`.
 
 Everything is computed in float32, except the sums of scores. They are float64, so that a mean far larger than the
 standard deviation and a large batch do not cost precision. Every launch passes `enable_fp_fusion=False`. A fused
@@ -24,19 +25,19 @@ from amapo_loss._pairs import Pairs
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import ScoreStatistics
 
-# From measurements on an H200.
+# From measurements on an H200. The first of two launches has few programs, because each program of the second adds up
+# the sums of all of them. The second has two programs for each multiprocessor; its last program adds up their totals.
 MAX_PAIRS_ONE_LAUNCH = 4096
 PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
-BLOCK_PAIRS = 1024  # pairs that a program holds at a time, with two launches
-MAX_STATISTICS_PROGRAMS = 512  # in the first launch, so that each program of the second can add up the partial sums
-MAX_LOSS_PROGRAMS = 264  # in the second launch; the more there are, the more totals its last program adds up
+BLOCK_PAIRS = 1024  # pairs that a program holds at a time in all other launches
+MAX_STATISTICS_PROGRAMS = 512  # a power of 2
+MAX_LOSS_PROGRAMS = 264
 
 MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
 INF = tl.constexpr(float("inf"))
 
-# Indices into the totals [16] of a block of pairs. `_process_block` lists all of them; these are used by name.
-NUM_SUMS = tl.constexpr(14)  # totals 0 to 13 are sums
+# Indices into the totals [16] of a program. `_process_block` lists all of them; these are used by name.
 MARGIN_SUM = tl.constexpr(10)
 MAX_MARGIN = tl.constexpr(14)
 
@@ -159,7 +160,7 @@ def _pivot_score(batch, n, beta):
 
 @triton.jit
 def _stack(columns, mask):
-    """Stack 2^m columns [BLOCK] to one tensor [BLOCK, 2, ..., 2] with zeros in the rows that the mask excludes.
+    """Stack 2^m columns [BLOCK] into one tensor [BLOCK, 2, ..., 2] with zeros in the rows that the mask excludes.
 
     Reshaped to [BLOCK, 2^m], it has the columns in the order of the tuple. A reduction of many columns at once waits at
     as few barriers as a reduction of one.
@@ -186,18 +187,19 @@ def _score_columns(pairs, pivot, weights, mask, MASKED: tl.constexpr):
 def _no_score_columns(BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Return the stacks of `_score_columns` for no pairs."""
     zeros = tl.zeros((BLOCK,), tl.float64)
-    none = zeros == 0
-    stack = (zeros, zeros)
+    everywhere = zeros == 0
+    addends = (zeros, zeros)
     if MASKED:
-        stack = (zeros, zeros, zeros, zeros)
-    return _stack(stack, none), _stack((zeros, zeros), none).to(tl.float32)
+        addends += (zeros, zeros)
+    return _stack(addends, everywhere), _stack((zeros, zeros), everywhere).to(tl.float32)
 
 
 @triton.jit
 def _reduce_scores(addends, maxima, n, MASKED: tl.constexpr):
     """Return the sum and the sum of squares of r - pivot, the count, the sum of the weights, max |r|, max input scale.
 
-    If all scores are equal, the first two are exactly 0. Without MASKED, the count and the sum of the weights are n.
+    If all scores are equal and pair 0 is not left out, the first two are exactly 0. Without MASKED, the count and the
+    sum of the weights are n.
     """
     max_score, max_scale = tl.split(tl.max(maxima, axis=0))
     sums = tl.sum(addends, axis=0)
@@ -334,7 +336,7 @@ def _process_block(
 ):
     """Write the margins, the gradients and, with PER_PAIR, the losses of a block of pairs.
 
-    Return the columns that `_reduce_totals` makes the totals of: a stack of those to sum, and the margins.
+    Return what `_reduce_totals` reduces: a stack of columns to sum, and the margins.
     """
     r, _, chosen_terms, rejected_terms = pairs
     chosen_logps, chosen_ratio, chosen_length = chosen_terms
@@ -357,7 +359,7 @@ def _process_block(
         tl.store(out.gradient + i, -grad_score / chosen_length, mask=in_range)
         tl.store(out.gradient + n + i, grad_score / rejected_length, mask=in_range)
 
-    columns = (  # the loss, and then the order of the entries of `Totals` between the weights and the maximum
+    columns = (  # the loss, and then the entries of `Totals` from the scores to the non-finite pairs, in its order
         weights * losses,
         weights * r,
         tl.where(r > 0, weights, 0.0),
@@ -373,7 +375,7 @@ def _process_block(
         tl.where(r > mu.to(tl.float32), weights, 0.0),
         tl.where(tl.abs(weights * r) < INF, 0.0, 1.0),
         0 * weights,  # the place of the maximum
-        0 * weights,
+        0 * weights,  # `_stack` takes a power of 2
     )
     return _stack(columns, mask), tl.where(mask, h, -INF)
 
@@ -499,9 +501,10 @@ def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLO
 
 @triton.jit
 def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the partial sums [6, P] of the P programs of this launch, the first of two, and reset the counter.
+    """Write the partial sums and maxima [6, P] of the P programs of this launch, the first of two; reset the counter.
 
-    This is a grid-stride loop: program p takes the blocks of pairs p, p + P, p + 2P, ...
+    The last two rows are written only with MASKED. This is a grid-stride loop: program p takes the blocks of pairs p,
+    p + P, p + 2P, ...
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
@@ -551,10 +554,10 @@ def _loss_kernel(
     MAX_PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute everything from the partial sums [6, num_partials] in a launch of Q programs, the second of two.
+    """Compute everything from the pairs and the partial sums [6, num_partials], in the second of two launches.
 
-    This is a grid-stride loop as in the first launch. Each program writes its totals to a row of `program_totals`
-    [Q, 16], and the last program to finish adds up the rows.
+    This is a grid-stride loop of Q programs as in the first launch, but from the last block to the first. Each program
+    writes its totals to a row of `program_totals` [Q, 16], and the last program to finish adds up the rows.
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
@@ -667,7 +670,8 @@ def _launch(
     num_ranks = 1 if rank_moments is None else len(rank_moments)
     statistics = Statistics(mean, std, rank_moments, num_ranks)
     margins = Margins(given_margins, 0 if given_margins is None else given_margins.stride(0), constant_margin)
-    # Only the device knows how many pairs the other ranks have, and the weights of the pairs.
+    # Only the device knows the number of pairs of other ranks and the sum of the weights. The factor `num_ranks` is
+    # there because DDP and FSDP divide gradients by it.
     mean_on_device = reduction == "mean" and (rank_moments is not None or masked)
     if mean_on_device:
         loss_scale = float(num_ranks)

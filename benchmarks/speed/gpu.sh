@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run the tests marked `gpu` and the speed benchmarks on a machine with a GPU. The run takes less than nine minutes.
+# Run the tests marked `gpu` and the speed benchmarks on a machine with a GPU. The time limits add up to 12 minutes.
 #
 #     benchmarks/speed/gpu.sh [folder]
 #
-# JSON files, pictures and one log are written to the folder (default: build/gpu). The most telling steps come first, and
-# each benchmark writes its file after every size, so that a run that is cut off leaves what it has found. The head
-# benchmark includes the libraries it compares with if they are installed.
+# JSON files, pictures and one log are written to the folder (default: build/gpu). The most telling steps come first.
+# The benchmarks of the loss and the head write their file after every size and every head, so that a run that is cut off
+# leaves what it has found. The head benchmark includes the libraries it compares with if they are installed.
 #
 # PYTHON=  The Python to use (default: python3). The package is installed into it, because the PyTorch of that Python is
 #          the one to measure. Dependencies are not installed, so the script needs no package index.

@@ -36,7 +36,7 @@ IN_SASS = {"barriers": r"BAR\.SYNC", "shuffles": r"SHFL", "instructions": r"/\*[
 
 
 class Kernel(NamedTuple):
-    """What is in the machine code of one launch."""
+    """Counts from the machine code of one launch, and from its PTX for `fusible`."""
 
     capability: int
     name: str
@@ -130,7 +130,7 @@ def compile_online_lse() -> None:
         grad_z = z.view(torch.bfloat16)[:, :5000]  # in the memory of z
         online_lse.write_gradient(grad_z, z, *state, 4096, *transform, *coefficients, False)
         cached_tile = z.to(torch.bfloat16)
-        online_lse.write_gradient(z, cached_tile, *state, 4096, *transform, *coefficients, True)
+        online_lse.write_gradient(grad_z, cached_tile, *state, 4096, *transform, *coefficients, True)
 
     # `sequence_logps`: logits of every dtype, with strides over sequences and positions.
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -143,7 +143,7 @@ def compile_online_lse() -> None:
 def compile_pair_loss() -> None:
     """Launch the kernels of `pair_loss` with one and with two launches, each without and with all optional inputs.
 
-    The third launch of each size has given margins and numbers as weights.
+    The third launch of each size has given margins and numbers as weights. The last launch is that of the moments.
     """
     for n in (1, 100, 4096, 1 << 24):
         for with_optional, given in ((False, False), (True, False), (True, True)):
@@ -179,6 +179,8 @@ def compile_pair_loss() -> None:
                 reduction="none" if with_optional else "mean",
                 with_gradient=with_optional or n > 1,
             )
+    logps = empty(1 << 24)
+    pair_loss._launch_moments(logps, logps, *[None] * 6, beta=2.0)
 
 
 def main() -> None:
