@@ -16,9 +16,11 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
+from amapo_loss.kernels import online_lse
 from amapo_loss.logps._linear_head import _mm_out
+from amapo_loss.logps._online_lse import OnlineLSE
 from benchmarks.speed.memory import peak_bytes
-from tests.support.backends import GPU, every_tiling, no_synchronization, tiled
+from tests.support.backends import GPU, every_tiling, no_synchronization, on_gpu, tiled
 from tests.support.generators import examples
 from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 from tests.support.ranks import on_ranks
@@ -750,6 +752,24 @@ def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
     out = _mm_out(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
     assert (out.dtype, out.shape) == (torch.float32, (4, 6))
     assert "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("v", [pytest.param(v, marks=on_gpu) for v in (5, 300, 20_000)])
+def test_a_gradient_in_the_memory_of_the_logits_is_the_same(v: int, dtype: torch.dtype) -> None:
+    """A store must not hit what another thread has yet to load. On a GPU, a race would show only now and then."""
+    device, rows = ("cuda", 500) if GPU else ("cpu", 6)
+    products = torch.randn(rows, v + v % 2, device=device)
+    state = OnlineLSE.start(torch.arange(rows, device=device) % v, torch.float32)
+    coefficients = torch.rand(2, rows, device=device)
+    online_lse.update(*state, products[:, :v], 0, None, 1.0, None)
+    out_of_place = torch.empty(rows, v, dtype=dtype, device=device)
+    online_lse.write_gradient(out_of_place, products[:, :v], *state, 0, None, 1.0, None, *coefficients, False)
+    for _ in range(100 if GPU else 1):
+        z = products.clone()
+        in_place = z.view(dtype)[:, :v]
+        online_lse.write_gradient(in_place, z[:, :v], *state, 0, None, 1.0, None, *coefficients, False)
+        assert torch.equal(in_place, out_of_place)
 
 
 TARGET_OUT_OF_RANGE = """
