@@ -1,7 +1,10 @@
 """`AMaPOTrainer` and `AMaPOConfig`: TRL's DPO trainer with the AMaPO loss.
 
-TRL makes the data sets, the batches, the metrics and the checkpoints. Depends on TRL 1.0 to 1.16, on the public names
-of this package, and on its argument checks.
+    python -m amapo_loss.trl --config run.yaml
+
+runs TRL's script for DPO with them. Its options are those of that script and of `AMaPOConfig`, from a YAML file, the
+command line or both. TRL makes the data sets, the batches, the metrics and the checkpoints. Depends on TRL 1.0 to 1.16,
+on the public names of this package, and on its argument checks.
 """
 
 import inspect
@@ -10,12 +13,22 @@ from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreWindow, Totals, _checks, amapo_loss, sequence_logps
+from amapo_loss import (
+    AdaptiveMargin,
+    AMaPOOutput,
+    ScoreWindow,
+    Totals,
+    __version__,
+    _checks,
+    amapo_loss,
+    sequence_logps,
+)
 from amapo_loss._checks import Formula, Scaling
 
 try:
@@ -461,3 +474,47 @@ class AMaPOTrainer(DPOTrainer):
         if self.window is not None and checkpoint is not None and (Path(checkpoint) / _WINDOW_FILE).exists():
             state = torch.load(Path(checkpoint) / _WINDOW_FILE, map_location="cpu", weights_only=True)
             self.window.load_state_dict(state)
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write the model card of `DPOTrainer`, and say in it which loss the model was trained with."""
+        super().create_model_card(*arguments, **options)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            text, marker = card.read_text(encoding="utf-8"), "### Framework versions"
+            card.write_text(text.replace(marker, f"{self._loss_for_model_card()}\n{marker}", 1), encoding="utf-8")
+
+    def _loss_for_model_card(self) -> str:
+        args = self.args
+        margin = f"column {args.margin_column}" if args.margin_column is not None else args.margin
+        statistics = "each micro-batch" if self.window is None else f"the latest {args.statistics_window} scores"
+        lines = {
+            "amapo-loss": __version__,
+            "beta": args.beta,
+            "label smoothing": args.label_smoothing,
+            "margin": margin,
+            "statistics over": statistics,
+            "log-probs": "averages" if args.length_average else "sums",
+            "reference model": "none" if args.reference_free else "yes",
+        }
+        if args.weight_column is not None:
+            lines["weights"] = f"column {args.weight_column}"
+        if args.sft_weight:
+            lines["weight of the SFT loss"] = args.sft_weight
+        return "### Loss\n\n" + "".join(f"- {name}: {value}\n" for name, value in lines.items())
+
+
+def _main() -> None:
+    """Run TRL's script for DPO with this trainer and its configuration."""
+    import trl
+    from trl.scripts import dpo
+
+    # Not the classes of this file, which is __main__ here: a checkpoint could not be loaded anywhere else.
+    from amapo_loss.trl import AMaPOConfig, AMaPOTrainer
+
+    with patch.multiple(trl, DPOConfig=AMaPOConfig, DPOTrainer=AMaPOTrainer):
+        parser = dpo.make_parser(prog="python -m amapo_loss.trl")
+        dpo.main(*parser.parse_args_and_config())
+
+
+if __name__ == "__main__":
+    _main()

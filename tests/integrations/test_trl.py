@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, ScoreWindow, Totals, amapo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, ScoreWindow, Totals, __version__, amapo_loss
 
 pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
@@ -547,6 +547,47 @@ def test_the_config_can_be_parsed_from_a_command_line(tmp_path: Path) -> None:
     assert args.margin == AdaptiveMargin(formula="released")
     assert (args.reference_free, args.statistics_window, args.beta) == (False, 64, 2.0)
     assert json.loads(args.to_json_string())["formula"] == "released"
+
+
+def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tmp_path: Path) -> None:
+    """The data are a local file, and so is the model. An option on the command line replaces one of the file."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    trainer_benchmark.byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    pairs().to_json(tmp_path / "data" / "train.jsonl")
+    options = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "formula": "released",
+        "beta": 2.5,
+        "statistics_window": 16,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    command = [sys.executable, "-m", "amapo_loss.trl", "--config", str(tmp_path / "run.yaml"), "--beta", "3.0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert type(args) is AMaPOConfig
+    assert (args.beta, args.formula, args.statistics_window) == (3.0, "released", 16)
+    card = (tmp_path / "out" / "README.md").read_text()
+    loss = card.split("### Loss\n")[1].split("###")[0]
+    assert f"- amapo-loss: {__version__}\n" in loss
+    assert "- beta: 3.0\n" in loss
+    assert "formula='released'" in loss
+    assert "- statistics over: the latest 16 scores\n" in loss
+    assert "arXiv 2511.09385" in card
+
+    misspelt = subprocess.run(
+        [*command, "--formla", "paper"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert misspelt.returncode != 0
+    assert "formla" in misspelt.stderr
 
 
 @pytest.mark.skipif(
