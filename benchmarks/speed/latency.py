@@ -193,7 +193,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw time over pairs, with a line for every variant and, on a GPU, a second panel for the device time."""
     titles = {"median_us": "wall-clock time", "device_us": "device time"}
     titles = {key: title for key, title in titles.items() if any(row[key] is not None for row in rows)}
-    figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(titles), figsize=(4.5 * len(titles) + 3, 4), squeeze=False)
     for panel, (key, title) in zip(panels[0], titles.items()):
         for name in dict.fromkeys(row["variant"] for row in rows):
             points = sorted(
@@ -209,7 +209,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
             panel.set(yscale="log")
         else:
             panel.set(ylim=(0, None))
-    panels[0][0].legend()
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     write_picture(path, figure)
 
