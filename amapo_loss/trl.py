@@ -486,16 +486,17 @@ class AMaPOTrainer(DPOTrainer):
     def _loss_for_model_card(self) -> str:
         args = self.args
         margin = f"column {args.margin_column}" if args.margin_column is not None else args.margin
-        statistics = "each micro-batch" if self.window is None else f"the latest {args.statistics_window} scores"
+        scores = "the scores of a micro-batch" if self.window is None else f"the latest {args.statistics_window} scores"
         lines = {
             "amapo-loss": __version__,
             "beta": args.beta,
             "label smoothing": args.label_smoothing,
             "margin": margin,
-            "statistics over": statistics,
             "log-probs": "averages" if args.length_average else "sums",
             "reference model": "none" if args.reference_free else "yes",
         }
+        if isinstance(margin, AdaptiveMargin):
+            lines["statistics over"] = f"{scores} on all processes"
         if args.weight_column is not None:
             lines["weights"] = f"column {args.weight_column}"
         if args.sft_weight:
@@ -508,7 +509,7 @@ def _main() -> None:
     import trl
     from trl.scripts import dpo
 
-    # Not the classes of this file, which is __main__ here: a checkpoint could not be loaded anywhere else.
+    # The classes of this file belong to __main__ here, and a checkpoint with them could not be loaded elsewhere.
     from amapo_loss.trl import AMaPOConfig, AMaPOTrainer
 
     with patch.multiple(trl, DPOConfig=AMaPOConfig, DPOTrainer=AMaPOTrainer):

@@ -38,7 +38,7 @@ def test_the_moments_access_memory_without_races() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("v", [5, 128, 300])
 def test_tiles_of_logits_are_accessed_without_races(v: int, dtype: torch.dtype) -> None:
-    """The gradient is written to the memory of the logits, with elements of the same size or smaller."""
+    """The gradient overwrites the logits. With smaller elements, only the barrier prevents a race."""
     for count_barriers in (True, False):
         z = torch.randn(6, v + 4 - v % 2)[:, :v]
         state = OnlineLSE.start(torch.tensor([0, v - 1, -1, 3, 2, 1]), torch.float32)

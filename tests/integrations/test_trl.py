@@ -580,7 +580,7 @@ def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tm
     assert f"- amapo-loss: {__version__}\n" in loss
     assert "- beta: 3.0\n" in loss
     assert "formula='released'" in loss
-    assert "- statistics over: the latest 16 scores\n" in loss
+    assert "- statistics over: the latest 16 scores on all processes\n" in loss
     assert "arXiv 2511.09385" in card
 
     misspelt = subprocess.run(

@@ -1,4 +1,4 @@
-"""Watch every memory access of kernels in Triton's interpreter, which itself finds neither wrong addresses nor races.
+"""Watch the loads and stores of kernels in Triton's interpreter, which itself finds neither wrong addresses nor races.
 
     with watched() as problems:
         pair_loss._launch(...)
@@ -24,7 +24,7 @@ class Access(NamedTuple):
 
     program: int
     segment: int  # the number of barriers that the program has passed
-    after_atomic: bool  # the program that sees all others done may read what they have written
+    after_atomic: bool  # not checked between programs: in these kernels only the last program goes on after its atomic
     is_store: bool
     addresses: Array  # [lanes that are active], in bytes
     size: int  # bytes
@@ -81,7 +81,8 @@ class Launch:
                 for byte in range(address, address + access.size):
                     lanes.setdefault((access.program, access.segment, byte, access.is_store), set()).add(lane)
         stores = [(key, by) for key, by in lanes.items() if key[-1]]
-        return any(lanes.get((*key[:-1], False), by) - by for key, by in stores)
+        loads = {key[:-1]: by for key, by in lanes.items() if not key[-1]}
+        return any(key[:-1] in loads and len(by | loads[key[:-1]]) > 1 for key, by in stores)
 
 
 @contextmanager
