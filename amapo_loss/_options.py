@@ -56,3 +56,11 @@ class LossOptions(NamedTuple):
         if self.backend == "triton" and (reason := kernels.unavailable_reason()):
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return self
+
+    def having(
+        self, beta: float | Tensor, margin: Margin, statistics: ScoreStatistics | Estimator | None
+    ) -> "LossOptions":
+        """Return the options with other tensors. torch.compile of torch 2.8 cannot trace `_replace`."""
+        return LossOptions(
+            beta, self.label_smoothing, margin, statistics, self.process_group, self.reduction, self.backend
+        )

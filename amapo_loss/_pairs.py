@@ -38,7 +38,8 @@ class Pairs(NamedTuple):
         if self.weights is not None:
             others["weights"] = _checks.weight_tensor("weights", self.weights)
         _checks.one_entry_per_pair(logps | others)
-        return self._replace(**{name: tensor.detach() for name, tensor in others.items()})
+        # No `_replace` and no slices of named tuples: torch.compile of torch 2.8 cannot trace them.
+        return Pairs(*self.logps(), **{name: tensor.detach() for name, tensor in others.items()})
 
     def _both_or_neither(self, first: str, second: str) -> dict[str, Tensor]:
         """Return the two tensors by name, or nothing if both are None; raise if one of them is None."""
@@ -47,6 +48,10 @@ class Pairs(NamedTuple):
             present, missing = (first, second) if first in given else (second, first)
             raise ValueError(f"{present} was given without {missing}: pass both or neither")
         return given
+
+    def logps(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return the log-probs of the policy and of the reference."""
+        return self.chosen_logps, self.rejected_logps, self.ref_chosen_logps, self.ref_rejected_logps
 
     def counted(self) -> Tensor | None:
         """Return which pairs are not left out [B], or None if there are neither weights nor lengths."""
@@ -58,7 +63,7 @@ class Pairs(NamedTuple):
 
     def accumulation_dtype(self) -> torch.dtype:
         """Return the dtype to compute in: float64 if a log-prob is float64, else float32."""
-        return _checks.accumulation_dtype(*self[:4])
+        return _checks.accumulation_dtype(*self.logps())
 
     def prepared(self) -> "Pairs":
         """Return the pairs as the mathematics takes them: in the dtype to compute in, and without special cases.
@@ -70,7 +75,7 @@ class Pairs(NamedTuple):
         dtype, counted = self.accumulation_dtype(), self.counted()
         if counted is None:
             return self._map(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
-        left_out, given = ~counted, {name: x for name, x in zip(self._fields, self) if x is not None}
+        left_out, given = ~counted, {name: x for name, x in zip(Pairs._fields, self) if x is not None}
         neutral = {"chosen_lengths": 1, "rejected_lengths": 1}
         given = {"weights": counted} | given
         prepared = {name: x.to(dtype).masked_fill(left_out, neutral.get(name, 0)) for name, x in given.items()}
@@ -84,5 +89,4 @@ class Pairs(NamedTuple):
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
         """Return the pairs with a function applied to each tensor."""
         chosen, rejected, *optional = self
-        # Not `_replace`: torch.compile of torch 2.11 cannot store its result in a module.
         return Pairs(function(chosen), function(rejected), *(x if x is None else function(x) for x in optional))

@@ -103,9 +103,9 @@ def amapo_loss(
             rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
             one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. The scores that an
-            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, if it is installed,
-            for log-probs on a GPU unless they are float64, and torch for everything else. Only torch has second
-            derivatives.
+            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, from
+            version 3.4 on, for log-probs on a GPU unless they are float64, and torch for everything else. Only torch
+            has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
@@ -274,13 +274,13 @@ def _with_checked_tensors(options: LossOptions, pairs: Pairs) -> LossOptions:
         margin = _checked_margins("margin", margin, pairs)
     if isinstance(statistics, ScoreStatistics):
         statistics = _checked_statistics(statistics, device)
-    return options._replace(beta=beta, margin=margin, statistics=statistics)
+    return options.having(beta, margin, statistics)
 
 
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     """Return whether the kernel computes these pairs; raise if `backend="triton"` cannot compute them."""
     backend, device = options.backend, pairs.chosen_logps.device
-    if backend == "torch" or (backend == "auto" and not (device.type == "cuda" and kernels.HAS_TRITON)):
+    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or kernels.WHY_NO_TRITON is not None)):
         return False
     needs_float64 = pairs.accumulation_dtype() == torch.float64
     if backend == "triton" and needs_float64:
@@ -301,7 +301,7 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
         d, rewards = _reference.log_ratio_differences(pairs.prepared(), options.beta)
         statistics = _statistics(options, pairs, d, rewards[0], rank_moments)
         margin = _margin(options, pairs, rewards[0], statistics)
-        options = options._replace(statistics=statistics, margin=margin)
+        options = options.having(options.beta, margin, statistics)
     output = pair_loss.pair_loss(pairs, options, rank_moments)
     supplied = options.statistics
     diagnostics = Diagnostics(

@@ -900,14 +900,14 @@ def pair_loss(
     rank_moments: Tensor | None,  # [ranks, 4]
 ) -> PairLossOutput:
     """Compute the loss of checked pairs."""
-    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs[:4])
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs.logps())
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
     statistics = options.statistics
     assert statistics is None or isinstance(statistics, ScoreStatistics)
     loss, _, margins, total_values, mean_and_std, num_pairs = run(
         *pairs,
         options.margin if isinstance(options.margin, Tensor) else None,
-        *((None, None) if statistics is None else statistics[:2]),
+        *((None, None) if statistics is None else (statistics.mean, statistics.std)),
         rank_moments,
         *_beta_arguments(options.beta, pairs.chosen_logps.device),
         options.label_smoothing,

@@ -121,7 +121,7 @@ def check_target_ids(
 
 def uses_triton(tensor: Tensor) -> bool:
     """Return whether Triton processes this tensor."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and kernels.HAS_TRITON
+    return tensor.is_cuda and tensor.dtype != torch.float64 and kernels.WHY_NO_TRITON is None
 
 
 def transform_unless_triton(

@@ -25,15 +25,24 @@ from trl import DPOTrainer  # noqa: E402
 
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
-from tests.support.trl import make_trainer, pairs, pairs_with_columns, tiny_llama  # noqa: E402
+from tests.support.trl import (  # noqa: E402
+    make_trainer,
+    pairs,
+    pairs_with_columns,
+    pairs_with_images,
+    tiny_llama,
+    tiny_llava,
+    tiny_mixtral,
+)
 
 ROOT = Path(__file__).parents[2]
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 def summed_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the summed log-prob and the length of each response [2B] of a collated batch, the chosen ones first."""
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits
     token_logps = logits[:, :-1].double().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
     counted = batch["completion_mask"][:, 1:]
     return (token_logps * counted).sum(1).float(), counted.sum(1)
@@ -126,6 +135,39 @@ def test_without_a_reference_there_is_no_second_model_and_no_second_forward_pass
     trainer.model.model.register_forward_hook(lambda *_: forward_passes.append(1))
     trainer.train()
     assert len(forward_passes) == 2, "the number of steps"
+
+
+@pytest.mark.skipif(not hasattr(AMaPOConfig, "router_aux_loss_coef"), reason="this TRL adds no auxiliary loss")
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_added(tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    trainer = make_trainer(tmp_path, model, max_steps=1, router_aux_loss_coef=0.1)
+    batch = first_batch(trainer.get_train_dataloader())
+    expected = expected_output(model, batch).loss
+    with torch.no_grad():
+        auxiliary_loss = model(batch["input_ids"], batch["attention_mask"], output_router_logits=True).aux_loss
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["aux_loss"] == pytest.approx(auxiliary_loss.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx((expected + 0.1 * auxiliary_loss).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("reference_free", [True, False])
+def test_a_vision_language_model_trains_on_pairs_with_images(tmp_path: Path, reference_free: bool) -> None:
+    model, processor = tiny_llava()
+    ref_model = None if reference_free else tiny_llava(seed=7)[0]
+    data = {"train_dataset": pairs_with_images(), "eval_dataset": pairs_with_images(5)}
+    options = {"processing_class": processor, "max_length": None, "reference_free": reference_free, **data}
+    trainer = make_trainer(tmp_path, model, ref_model=ref_model, statistics_window=12, **options)
+    batch = first_batch(trainer.get_train_dataloader())
+    expected = expected_output(model, batch, ref_model)
+    black = batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])}
+    assert expected_output(model, black, ref_model).loss != expected.loss
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for name, value in expected.diagnostics.summary().items():
+        assert log[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.window.seen == 8
 
 
 def test_training_increases_the_reward_margins(tmp_path: Path) -> None:

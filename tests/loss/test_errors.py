@@ -2,6 +2,8 @@
 
 import math
 import re
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +16,16 @@ from amapo_loss import (
     ScoreWindow,
     amapo_loss,
     dpo_loss,
+    functional,
     kernels,
     linear_sequence_logps,
     linear_token_logps,
     sequence_logps,
     simpo_loss,
 )
+from amapo_loss._options import LossOptions
+from amapo_loss._pairs import Pairs
+from amapo_loss.logps import _online_lse
 
 LOGPS = torch.linspace(-2, -1, 4)
 STATISTICS = ScoreStatistics(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(4))
@@ -310,10 +316,37 @@ def test_the_message_says_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch)
     for construct in (lambda: amapo_loss(LOGPS, LOGPS, backend="triton"), lambda: AMaPOLoss(backend="triton")):
         with raises(RuntimeError, "backend='triton' cannot run: PyTorch sees no GPU: use backend='torch' or 'auto'"):
             construct()
-    monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    with raises(RuntimeError, "backend='triton' cannot run: Triton is not installed: `pip install triton`, or use"):
-        amapo_loss(LOGPS, LOGPS, backend="triton")
-    assert amapo_loss(LOGPS, LOGPS).loss.isfinite()  # backend="auto" takes torch
+
+
+@pytest.mark.parametrize(
+    ("found", "installed", "reason"),
+    [
+        (None, None, "Triton is not installed: `pip install triton`, or use backend='torch' or 'auto'"),
+        ("found", "3.3.1", "Triton 3.3.1 is older than 3.4: update PyTorch, or use backend='torch' or 'auto'"),
+        ("found", "3.4.0", None),
+        ("found", "3.10.0+git1a2b3c", None),
+        ("found", None, None),  # under the name of another distribution
+    ],
+)
+def test_without_a_triton_that_can_be_used_auto_takes_torch(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, installed: str | None, reason: str | None
+) -> None:
+    def version(_: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(kernels, "find_spec", lambda _: found)
+    monkeypatch.setattr(kernels, "version", version)
+    assert kernels._why_no_triton() == reason
+    monkeypatch.setattr(kernels, "WHY_NO_TRITON", reason)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=torch.float32)
+    options = LossOptions(2.0, 0.0, AdaptiveMargin(), None, None, "mean", "auto")
+    assert functional._uses_triton(Pairs(on_gpu, on_gpu), options) == (reason is None)
+    assert _online_lse.uses_triton(on_gpu) == (reason is None)
+    if reason is not None:
+        with raises(RuntimeError, f"backend='triton' cannot run: {reason}"):
+            amapo_loss(LOGPS, LOGPS, backend="triton")
 
 
 def test_the_message_says_what_triton_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
