@@ -119,11 +119,11 @@ class ScoreWindow(nn.Module):
     `size` + 3 numbers per rank. Every rank stores the same scores, so that the windows of all ranks stay bitwise equal
     and saving the state of one rank is enough.
 
-    The stored scores are state of the run and not weights. They are in `state_dict`, and `to` moves them to another
-    device. They are not registered as buffers, so that `to` does not change their dtype and DDP does not broadcast
-    them. The window must be on the device of the scores. A state is loaded onto the device that the window is on. The
-    state of a window of another size is accepted, and its newest scores are kept. There is no host-device
-    synchronization, except in `load_state_dict`.
+    The stored scores are state of the run and not weights. They are in `state_dict`. They are not registered as
+    buffers, so that `to` does not change their dtype and DDP does not broadcast them. The window moves to the device of
+    the scores that it is called with, and `to` moves it as well. The state of a window of another size is accepted, and
+    its newest scores are kept. There is no host-device synchronization, except when the window moves and in
+    `load_state_dict`.
 
     Args:
         size: number of scores, at least 1.
@@ -161,7 +161,7 @@ class ScoreWindow(nn.Module):
         """Return the statistics over `scores` [B] and the newest stored scores; store `scores` if training."""
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
         if scores.device != self.scores.device:
-            raise ValueError(f"scores is on {scores.device}, expected the device of the window, {self.scores.device}")
+            self.scores, self.seen = self.scores.to(scores.device), self.seen.to(scores.device)
         size = len(self.scores)
         rows = all_gather_row(torch.cat([moments(scores, scores.isfinite()), self._newest(scores)]), process_group)
         batch_moments, latest = rows[:, :3], rows[:, 3:].flatten()

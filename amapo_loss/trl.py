@@ -31,19 +31,22 @@ from amapo_loss import (
 )
 from amapo_loss._checks import Formula, Scaling
 
+_NEEDED = "trl>=1.0,<1.17"
 try:
     from trl import DPOConfig, DPOTrainer
-except ModuleNotFoundError as error:
-    if error.name != "trl":
-        raise
-    raise ImportError("amapo_loss.trl needs TRL: run `pip install 'trl>=1.0,<1.17'`") from None
+except (ImportError, RuntimeError) as error:
+    if isinstance(error, ModuleNotFoundError) and error.name == "trl":
+        raise ImportError(f"amapo_loss.trl needs TRL: run `pip install '{_NEEDED}'`") from None
+    raise ImportError(
+        f"amapo_loss.trl needs {_NEEDED}, and trl {version('trl')} cannot be imported here: {error}"
+    ) from error
 
 # The methods of DPOTrainer that this file overrides or calls. A version string would not say whether they are there.
 _HOOKS = ("_compute_loss", "compute_ref_log_probs", "_set_signature_columns_if_needed", "evaluation_loop", "log")
 if missing := " and no ".join(name for name in _HOOKS if not hasattr(DPOTrainer, name)):
     raise ImportError(
-        f"amapo_loss.trl needs trl>=1.0,<1.17, found {version('trl')}, whose DPOTrainer has no {missing}: "
-        "run `pip install 'trl>=1.0,<1.17'`"
+        f"amapo_loss.trl needs {_NEEDED}, found {version('trl')}, whose DPOTrainer has no {missing}: "
+        f"run `pip install '{_NEEDED}'`"
     )
 
 __all__ = ["AMaPOConfig", "AMaPOTrainer"]
@@ -279,7 +282,7 @@ class AMaPOTrainer(DPOTrainer):
         if self._columns():
             self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
-        self.window = None if size is None else ScoreWindow(size).to(self.accelerator.device)
+        self.window = None if size is None else ScoreWindow(size)
         # TRL's own loss always runs, because it fills the metrics. With sft_weight > 0 it is the SFT loss. Otherwise it
         # is the DPO loss times 0.
         self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]

@@ -556,7 +556,14 @@ def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
             "and no _set_signature_columns_if_needed: run `pip install 'trl>=1.0,<1.17'`",
         ),
         (None, "needs TRL: run `pip install 'trl>=1.0,<1.17'`"),
-        ("import missing_dependency_of_trl", "No module named 'missing_dependency_of_trl'"),
+        (
+            "import missing_dependency_of_trl",
+            "needs trl>=1.0,<1.17, and trl 0.24.0 cannot be imported here: No module named 'missing_dependency_of_trl'",
+        ),
+        (
+            "def __getattr__(name): raise RuntimeError('Failed to import trl.trainer')",
+            "needs trl>=1.0,<1.17, and trl 0.24.0 cannot be imported here: Failed to import trl.trainer",
+        ),
     ],
 )
 def test_importing_without_a_trl_that_has_the_hooks_raises(tmp_path: Path, package: str | None, message: str) -> None:

@@ -109,7 +109,6 @@ SUPPLIED_STATISTICS: list[Case] = [
         "the callable passed as statistics must return ScoreStatistics, got float",
     ),
     ({"statistics": lambda r, _: STATISTICS._replace(std=r)}, ValueError, "statistics.std must be 0-dim on cpu, got"),
-    ({"statistics": ScoreWindow(8).to(META)}, ValueError, "scores is on cpu, expected the device of the window, meta"),
 ]
 
 

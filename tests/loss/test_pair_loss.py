@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 from amapo_loss import AdaptiveMargin, ScoreWindow, _reference, amapo_loss
 from amapo_loss.kernels import pair_loss
-from tests.support.backends import GPU, OnBackend, no_synchronization, on_gpu, to_device, triton_loss, two_launches
+from tests.support.backends import (
+    OnBackend,
+    needs_gpu,
+    no_synchronization,
+    on_gpu,
+    to_device,
+    triton_loss,
+    two_launches,
+)
 from tests.support.generators import (
     COMPILERS,
     MARGINS,
@@ -38,7 +46,6 @@ from tests.support.generators import (
 from tests.support.oracle import oracle
 
 pytestmark = on_gpu
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 every_number_of_launches = pytest.mark.parametrize(
     "loss_fn", [triton_loss, two_launches], ids=["one launch", "two launches"]
 )

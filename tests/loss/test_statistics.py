@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
 from amapo_loss._moments import mean_std_count, merge_moments, moments
-from tests.support.backends import OnBackend, every_backend, triton_loss
+from tests.support.backends import OnBackend, every_backend, needs_gpu, triton_loss
 from tests.support.generators import examples, random_logps
 
 
@@ -194,6 +194,17 @@ def test_a_window_does_not_synchronize_with_the_device() -> None:
     """A meta tensor has no values, so code that reads a value on the host, and thus would synchronize, raises here."""
     window = ScoreWindow(8).to("meta")
     assert window(torch.empty(3, device="meta")).mean.is_meta
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
+def test_a_window_moves_to_the_device_of_the_scores(device: str) -> None:
+    window = ScoreWindow(8)
+    window(torch.tensor([1.0, 2.0], requires_grad=True))
+    statistics = window(torch.tensor([6.0], device=device, requires_grad=True))
+    assert {x.device.type for x in (*statistics, window.scores, window.seen)} == {device}
+    if device != "meta":
+        assert statistics.mean == 3.0
+        assert window(torch.tensor([11.0])).mean == 5.0  # back on the CPU
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -37,6 +37,7 @@ if not GPU:
     interpreter.ReduceOps.sum = _sum_in_pairs
 
 on_gpu = [pytest.mark.gpu] if GPU else []  # the marks of a test that runs on a GPU where there is one
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 
 
 class OnBackend(NamedTuple):
