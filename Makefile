@@ -6,10 +6,11 @@ RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
 VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
+FRAMEWORKS ?= llamafactory openrlhf swift axolotl torchtune
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl frameworks gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -61,6 +62,12 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
 		PYTHONPATH=build/trl/$$version $(RUN) pytest tests/integrations/test_trl.py $(ARGS) || exit 1; \
+	done
+
+frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.
+	@for name in $(FRAMEWORKS); do \
+		$(RUN) pip install --quiet --no-deps --upgrade --target build/frameworks/$$name --requirement tests/frameworks/$$name.txt && \
+		PYTHONPATH=build/frameworks/$$name $(RUN) pytest tests/frameworks -k $$name $(ARGS) || exit 1; \
 	done
 
 gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.
