@@ -6,11 +6,13 @@ RUN := .venv/bin/python -m
 PACKAGES := amapo_loss kernels benchmarks tests
 
 VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
+TORCH ?= 2.8.0 2.9.1 2.10.0 2.11.0 2.15.0
+TESTS ?= tests/loss tests/logps
 FRAMEWORKS ?= llamafactory openrlhf swift axolotl torchtune
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl frameworks gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl torch frameworks gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -19,7 +21,7 @@ compare: .venv/ready  ## Train with thirteen losses of docs/losses.md. DATA= and
 	$(RUN) benchmarks.compare $(FILES) $(ARGS)
 
 test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.
-	$(RUN) pytest --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --maxprocesses 8 --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
 
 lint: .venv/ready  ## Check the style with Ruff and the types with mypy.
 	$(RUN) ruff check $(PACKAGES)
@@ -62,6 +64,13 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
 		PYTHONPATH=build/trl/$$version $(RUN) pytest tests/integrations/test_trl.py $(ARGS) || exit 1; \
+	done
+
+torch: .venv/ready  ## Run the tests of the loss and the log-probs with other versions of PyTorch. TORCH= and TESTS= take lists.
+	@for version in $(TORCH); do \
+		echo "torch $$version"; \
+		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version && \
+		PYTHONPATH=build/torch/$$version $(RUN) pytest $(TESTS) $(ARGS) || exit 1; \
 	done
 
 frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.

@@ -168,7 +168,7 @@ class AMaPOConfig(DPOConfig):
 
     @classmethod
     def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
-        """Return a configuration with the values of a `DPOConfig`, and the given options of `AMaPOConfig`.
+        """Return a configuration with the values of a `DPOConfig`, and the given options of this class.
 
         With averaged log-probs, a beta that the `DPOConfig` leaves at its default of 0.1 becomes 2.0.
 
@@ -178,9 +178,9 @@ class AMaPOConfig(DPOConfig):
         """
         if not isinstance(dpo_config, DPOConfig):
             raise TypeError(f"dpo_config must be a DPOConfig, got {type(dpo_config).__name__}")
-        values = dpo_config.to_dict() | {"hub_token": dpo_config.hub_token}  # to_dict masks the token
-        names = {f.name for f in fields(DPOConfig) if f.init}
-        values = {name: value for name, value in values.items() if name in names}
+        # Not `to_dict`, which masks tokens and turns objects into text.
+        names = [f.name for f in fields(cls) if f.init and hasattr(dpo_config, f.name)]
+        values = {name: getattr(dpo_config, name) for name in names}
         if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
             del values["beta"]
         return cls(**values | options)

@@ -35,7 +35,8 @@ columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 Path("dataset_info.json").write_text(
     json.dumps({"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}})
 )
-expected, trainers, compute_loss = Expected(), [], CustomDPOTrainer.compute_loss
+expected, compute_loss = Expected(), CustomDPOTrainer.compute_loss
+trainers: list[Any] = []
 
 
 def recorded(self: Any, model: Any, inputs: Any, **options: Any) -> Any:

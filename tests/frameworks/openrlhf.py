@@ -44,7 +44,9 @@ strategy.get_train_ds_config = config_with_torch_adam
 save_model("model")
 Path("train.jsonl").write_text("\n".join(map(json.dumps, TRAIN)))
 Path("eval.jsonl").write_text("\n".join(map(json.dumps, EVAL)))
-expected, losses, trainers = Expected(), [], []
+expected = Expected()
+losses: list[float] = []
+trainers: list[Any] = []
 forward, save_logs = DPOTrainer.concatenated_forward, DPOTrainer.save_logs_and_checkpoints
 
 

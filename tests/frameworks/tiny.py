@@ -52,7 +52,6 @@ class Expected:
         self.scores: list[Tensor] = []
         self.losses: list[float] = []
 
-    @torch.no_grad()
     def add(
         self,
         model: Any,
@@ -61,8 +60,16 @@ class Expected:
         labels: Tensor,  # [2B, T]
     ) -> None:
         """Add a micro-batch of training."""
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        logps = sequence_logps(logits, labels).chunk(2)
+        with torch.no_grad():
+            self.add_logits(model(input_ids=input_ids, attention_mask=attention_mask).logits, labels)
+
+    def add_logits(
+        self,
+        logits: Tensor,  # [2B, T, V], the chosen responses first
+        labels: Tensor,  # [2B, T]
+    ) -> None:
+        """Add a micro-batch of training whose logits are at hand."""
+        logps = sequence_logps(logits.detach(), labels).chunk(2)
         self.scores.append(amapo_loss(*logps, beta=BETA).diagnostics.scores)
         statistics = ScoreStatistics.of(torch.cat(self.scores))
         self.losses.append(amapo_loss(*logps, beta=BETA, statistics=statistics).loss.item())

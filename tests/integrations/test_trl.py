@@ -547,6 +547,32 @@ def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
         AMaPOConfig.of({})
 
 
+def test_a_trainer_with_the_config_of_a_dpo_config_trains_as_with_its_own(tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    def converted(*arguments: Any, **options: Any) -> AMaPOConfig:
+        return AMaPOConfig.of(DPOConfig(*arguments, **options), statistics_window=8)
+
+    options = {
+        "max_steps": 2,
+        "pad_token": "<pad>",
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": 0.3},
+        "accelerator_config": {"split_batches": False, "even_batches": True},
+        "gradient_checkpointing": True,
+        "report_to": [],
+    }
+    trainers = [
+        make_trainer(tmp_path, config_class=converted, **options),
+        make_trainer(tmp_path, statistics_window=8, **options),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[0].args.to_dict() == trainers[1].args.to_dict()
+    assert trainers[0].state.log_history[0]["loss"] == trainers[1].state.log_history[0]["loss"]
+    assert torch.equal(trainers[0].model.lm_head.weight, trainers[1].model.lm_head.weight)
+
+
 @pytest.mark.parametrize(
     ("package", "message"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import amapo_loss
 
@@ -42,7 +43,9 @@ def python_versions(workflow: dict[str, Any]) -> set[str]:
         for step in job["steps"]:
             version = step.get("with", {}).get("python-version", "")
             if version == "${{ matrix.python-version }}":
-                versions |= set(job["strategy"]["matrix"]["python-version"])
+                matrix = job["strategy"]["matrix"]
+                versions |= {case["python-version"] for case in matrix.get("include", [])}
+                versions |= set(matrix.get("python-version", []))
             elif version:
                 versions.add(version)
     return versions
@@ -120,6 +123,21 @@ def test_ci_runs_exactly_the_supported_python_versions() -> None:
     versions = python_versions(read_yaml(".github/workflows/ci.yml"))
     assert versions == set(re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject))
     assert all(version in SpecifierSet(supported) for version in versions)
+
+
+def test_ci_runs_the_oldest_supported_versions_and_those_of_the_makefile() -> None:
+    pyproject, makefile = (ROOT / "pyproject.toml").read_text(), (ROOT / "Makefile").read_text()
+    jobs = read_yaml(".github/workflows/ci.yml")["jobs"]
+    tested = {
+        "torch": [case["torch"] for case in jobs["torch"]["strategy"]["matrix"]["include"]],
+        "trl": jobs["trl"]["strategy"]["matrix"]["version"],
+        "frameworks": jobs["frameworks"]["strategy"]["matrix"]["name"],
+    }
+    for job, variable in {"torch": "TORCH", "trl": "VERSIONS", "frameworks": "FRAMEWORKS"}.items():
+        assert re.findall(rf"^{variable} \?= (.*)", makefile, flags=re.MULTILINE) == [" ".join(tested[job])]
+    for job in ("torch", "trl"):
+        (oldest,) = re.findall(rf'"{job}>=([\d.]+)', pyproject)
+        assert Version(tested[job][0]) == Version(oldest)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
