@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= --constraint constraints.txt
 RUN := .venv/bin/python -m
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --maxprocesses 8
 PACKAGES := amapo_loss kernels benchmarks tests
 
 VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
@@ -21,7 +22,7 @@ compare: .venv/ready  ## Train with thirteen losses of docs/losses.md. DATA= and
 	$(RUN) benchmarks.compare $(FILES) $(ARGS)
 
 test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.
-	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --maxprocesses 8 --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
+	$(PYTEST) --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
 
 lint: .venv/ready  ## Check the style with Ruff and the types with mypy.
 	$(RUN) ruff check $(PACKAGES)
@@ -63,20 +64,20 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 	@for version in $(VERSIONS); do \
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
-		PYTHONPATH=build/trl/$$version $(RUN) pytest tests/integrations/test_trl.py $(ARGS) || exit 1; \
+		PYTHONPATH=build/trl/$$version $(PYTEST) tests/integrations/test_trl.py $(ARGS) || exit 1; \
 	done
 
 torch: .venv/ready  ## Run the tests of the loss and the log-probs with other versions of PyTorch. TORCH= and TESTS= take lists.
 	@for version in $(TORCH); do \
 		echo "torch $$version"; \
 		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version && \
-		PYTHONPATH=build/torch/$$version $(RUN) pytest $(TESTS) $(ARGS) || exit 1; \
+		PYTHONPATH=build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
 	done
 
 frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.
 	@for name in $(FRAMEWORKS); do \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/frameworks/$$name --requirement tests/frameworks/$$name.txt && \
-		PYTHONPATH=build/frameworks/$$name $(RUN) pytest tests/frameworks -k $$name $(ARGS) || exit 1; \
+		PYTHONPATH=build/frameworks/$$name $(PYTEST) tests/frameworks -k $$name $(ARGS) || exit 1; \
 	done
 
 gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.

@@ -159,17 +159,29 @@ def _pivot_score(batch, n, beta):
 
 
 @triton.jit
-def _stack(columns, mask):
-    """Stack 2^m columns [BLOCK] into one tensor [BLOCK, 2, ..., 2] with zeros in the rows that the mask excludes.
+def _stack_2(columns, mask):
+    """Stack 2 columns [BLOCK] into one tensor [BLOCK, 2] with zeros in the rows that the mask excludes.
 
-    Reshaped to [BLOCK, 2^m], it has the columns in the order of the tuple. A reduction of many columns at once waits at
-    as few barriers as a reduction of one.
+    `_stack_4` and the others make [BLOCK, 2, ..., 2]. Reshaped to [BLOCK, n], it has the columns in the order of the
+    tuple. A reduction of many columns at once waits at as few barriers as a reduction of one. One recursive function
+    would do for all, but Triton 3.4 cannot compile it.
     """
-    if len(columns) == 1:
-        stack = tl.where(mask, columns[0], 0.0)
-    else:
-        stack = tl.join(_stack(columns[0::2], mask), _stack(columns[1::2], mask))
-    return stack
+    return tl.join(tl.where(mask, columns[0], 0.0), tl.where(mask, columns[1], 0.0))
+
+
+@triton.jit
+def _stack_4(columns, mask):
+    return tl.join(_stack_2(columns[0::2], mask), _stack_2(columns[1::2], mask))
+
+
+@triton.jit
+def _stack_8(columns, mask):
+    return tl.join(_stack_4(columns[0::2], mask), _stack_4(columns[1::2], mask))
+
+
+@triton.jit
+def _stack_16(columns, mask):
+    return tl.join(_stack_8(columns[0::2], mask), _stack_8(columns[1::2], mask))
 
 
 @triton.jit
@@ -177,21 +189,22 @@ def _score_columns(pairs, pivot, weights, mask, MASKED: tl.constexpr):
     """Return two stacks: the columns to sum, and those of which `_reduce_scores` takes the maximum."""
     r, input_scale = pairs[0], pairs[1]
     from_pivot = r.to(tl.float64) - pivot.to(tl.float64)
-    addends = (from_pivot, from_pivot * from_pivot)
     if MASKED:
-        addends += (mask.to(tl.float64), weights.to(tl.float64))
-    return _stack(addends, mask), _stack((tl.abs(r), input_scale), mask)
+        columns = (from_pivot, from_pivot * from_pivot, mask.to(tl.float64), weights.to(tl.float64))
+        addends = _stack_4(columns, mask)
+    else:
+        addends = _stack_2((from_pivot, from_pivot * from_pivot), mask)
+    return addends, _stack_2((tl.abs(r), input_scale), mask)
 
 
 @triton.jit
 def _no_score_columns(BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Return the stacks of `_score_columns` for no pairs."""
-    zeros = tl.zeros((BLOCK,), tl.float64)
-    everywhere = zeros == 0
-    addends = (zeros, zeros)
     if MASKED:
-        addends += (zeros, zeros)
-    return _stack(addends, everywhere), _stack((zeros, zeros), everywhere).to(tl.float32)
+        addends = tl.zeros((BLOCK, 2, 2), tl.float64)
+    else:
+        addends = tl.zeros((BLOCK, 2), tl.float64)
+    return addends, tl.zeros((BLOCK, 2), tl.float32)
 
 
 @triton.jit
@@ -375,9 +388,9 @@ def _process_block(
         tl.where(r > mu.to(tl.float32), weights, 0.0),
         tl.where(tl.abs(weights * r) < INF, 0.0, 1.0),
         0 * weights,  # the place of the maximum
-        0 * weights,  # `_stack` takes a power of 2
+        0 * weights,  # `_stack_16` takes 16
     )
-    return _stack(columns, mask), tl.where(mask, h, -INF)
+    return _stack_16(columns, mask), tl.where(mask, h, -INF)
 
 
 @triton.jit
@@ -568,13 +581,14 @@ def _loss_kernel(
     sums2 = tl.load(partials + num_partials + q, mask=in_range, other=0.0)
     max_scores = tl.load(partials + 2 * num_partials + q, mask=in_range, other=0.0).to(tl.float32)
     max_scales = tl.load(partials + 3 * num_partials + q, mask=in_range, other=0.0).to(tl.float32)
-    addends = (sums1, sums2)
     if MASKED:
         counts = tl.load(partials + 4 * num_partials + q, mask=in_range, other=0.0)
         sums_of_weights = tl.load(partials + 5 * num_partials + q, mask=in_range, other=0.0)
-        addends += (counts, sums_of_weights)
+        addends = _stack_4((sums1, sums2, counts, sums_of_weights), in_range)
+    else:
+        addends = _stack_2((sums1, sums2), in_range)
     sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(
-        _stack(addends, in_range), _stack((max_scores, max_scales), in_range), n, MASKED
+        addends, _stack_2((max_scores, max_scales), in_range), n, MASKED
     )
     statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
     count, mu, sigma, total_weight = statistics_of_all

@@ -149,9 +149,9 @@ class _FrozenHead(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         factor, direction = ctx.saved_tensors
-        # With `out`, the result is rounded to the dtype of the hidden states without a float32 copy. It must be a new
+        # In place, the result is rounded to the dtype of the hidden states without a float32 copy. It must be a new
         # tensor, because a second backward pass through the same graph needs `direction` again.
-        grad_hidden = torch.mul(direction, (factor * grad_output).unsqueeze(1), out=torch.empty_like(direction))
+        grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
         return grad_hidden, *(None,) * 6
 
 
@@ -323,6 +323,8 @@ def _allocate_cache(
 ) -> tuple[Tensor, Tensor]:
     """Return memory for as many cached tiles [k, n, block_v] and offsets [k, n] as fit into `keep_bytes`."""
     n, vocab_size, acc_dtype = hidden.shape[0], weight.shape[0], accumulation_dtype(hidden)
+    if keep_bytes == 0:  # torch.compile before torch 2.11 cannot partition a graph with the sizes below
+        return hidden.new_empty((0, 0, 0), dtype=gemm_dtype), hidden.new_empty((0, 0), dtype=acc_dtype)
     block_v = _online_lse.block_length(vocab_size, n, hidden.device)
     tile_bytes = n * (block_v * gemm_dtype.itemsize + acc_dtype.itemsize)
     k = torch.sym_min(keep_bytes // torch.sym_max(tile_bytes, 1), -(-vocab_size // block_v))

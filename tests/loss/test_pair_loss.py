@@ -245,7 +245,7 @@ def test_every_optional_argument_compiles(optional: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_all_kernels_compile_for_gpus_that_are_not_present(capability: str, tmp_path: Path) -> None:
-    """The bounds are a little above what the compilers of Triton 3.6 and 3.7 make."""
+    """The bounds are a little above what the compilers of Triton 3.4 to 3.9 make."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.speed.sass", capability, "--out", str(tmp_path / "sass.json")],
@@ -266,7 +266,7 @@ def test_all_kernels_compile_for_gpus_that_are_not_present(capability: str, tmp_
         assert kernel["fusible"] == 0, "a fused multiply-add could give margins to equal scores"
         most_barriers = {"_one_launch_kernel": 26, "_statistics_kernel": 6, "_loss_kernel": 30, "_moments_kernel": 6}
         assert kernel["barriers"] <= most_barriers[kernel["name"]]
-        assert kernel["shuffles"] <= 190
+        assert kernel["shuffles"] <= 250
         assert kernel["stack"] <= 32
     for kernel in kernels[: len(online_lse_kernels)]:
         assert kernel["barriers"] <= 10
