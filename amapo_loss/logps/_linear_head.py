@@ -100,7 +100,7 @@ def _frozen_head(
     block_n = _online_lse.block_length(len(hidden), len(weight), hidden.device)
     state = OnlineLSE.start(target_ids, acc_dtype)
     direction = torch.empty_like(hidden)
-    tile = x.new_empty((block_n, len(weight)), dtype=acc_dtype)
+    tile = _online_lse.empty_tile(x, (block_n, len(weight)), acc_dtype)
     rounding_scale = _rounding_scale(x.dtype)
     for block in _online_lse.blocks(len(x), block_n):
         block_state = state.select(block)
@@ -181,7 +181,7 @@ def _head_statistics(
     state = OnlineLSE.start(target_ids, acc_dtype)
     cached_tiles, cache_offsets = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
     scales = torch.full_like(state.sum_rest, _rounding_scale(cached_tiles.dtype))
-    tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
+    tile = _online_lse.empty_tile(x, (len(x), block_v), acc_dtype)
     for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
         block_transform = transform.columns(block)
         z = _mm_out(tile[:, : block.stop - block.start], x, _to_gemm_dtype(weight[block], gemm_dtype).t())
@@ -243,7 +243,7 @@ def _head_gradients(
         hidden, weight, bias, needs_hidden, needs_weight, needs_bias
     )
     grad_x = x.new_zeros(grad_hidden.shape, dtype=acc_dtype)
-    tile = x.new_empty((len(x), block_v), dtype=acc_dtype)
+    tile = _online_lse.empty_tile(x, (len(x), block_v), acc_dtype)
     for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
         z, block_transform = tile[:, : block.stop - block.start], transform.columns(block)
         w, grad_z = _to_gemm_dtype(weight[block], gemm_dtype), _reinterpret_dtype(z, x.dtype)
@@ -328,7 +328,7 @@ def _allocate_cache(
     block_v = _online_lse.block_length(vocab_size, n, hidden.device)
     tile_bytes = n * (block_v * gemm_dtype.itemsize + acc_dtype.itemsize)
     k = torch.sym_min(keep_bytes // torch.sym_max(tile_bytes, 1), -(-vocab_size // block_v))
-    return hidden.new_empty((k, n, block_v), dtype=gemm_dtype), hidden.new_empty((k, n), dtype=acc_dtype)
+    return _online_lse.empty_tile(hidden, (k, n, block_v), gemm_dtype), hidden.new_empty((k, n), dtype=acc_dtype)
 
 
 def _allocate_gradients(

@@ -30,6 +30,7 @@ from amapo_loss import kernels
 # Elements in a tile: enough for fast matrix products, and little memory beside a model and its optimizer.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 BLOCK_MULTIPLE = 128  # the length of a block is a multiple of this, which suits matrix units, unless one block is all
+ROW_MULTIPLE = 8  # so that the rows of a tile are aligned to 16 bytes, also in bfloat16, as fast matrix products need
 CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
 
 
@@ -120,8 +121,12 @@ def check_target_ids(
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Return whether Triton processes this tensor."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and kernels.WHY_NO_TRITON is None
+    """Return whether Triton processes this tensor.
+
+    PyTorch for ROCm has no matrix products of bfloat16 with a float32 result, which the kernels need.
+    """
+    on_cuda = tensor.is_cuda and torch.version.hip is None
+    return on_cuda and tensor.dtype != torch.float64 and kernels.WHY_NO_TRITON is None
 
 
 def transform_unless_triton(
@@ -223,6 +228,13 @@ def block_length(total: int, other_length: int, device: torch.device) -> int:
     multiples = torch.sym_max(elements // torch.sym_max(other_length, 1) // BLOCK_MULTIPLE, 1)
     length: int = torch.sym_max(torch.sym_min(total, multiples * BLOCK_MULTIPLE), 1)
     return length
+
+
+def empty_tile(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor whose rows are aligned in memory, on the device of `like`."""
+    *outer, length = shape
+    aligned = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+    return like.new_empty((*outer, aligned), dtype=dtype)[..., :length]
 
 
 def blocks(total: int, length: int) -> Iterator[slice]:

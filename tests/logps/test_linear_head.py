@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from amapo_loss.kernels import online_lse
+from amapo_loss.logps import _linear_head
 from amapo_loss.logps._linear_head import _mm_out
 from amapo_loss.logps._online_lse import OnlineLSE
 from benchmarks.speed.memory import peak_bytes
@@ -361,6 +362,27 @@ def test_the_inputs_are_not_modified() -> None:
         if head.leaves:
             logps.sum().backward()
         assert all(map(torch.equal, inputs, copies))
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 10**6])
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_the_rows_of_tiles_are_aligned_for_any_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, requires_grad: str, keep_bytes: int
+) -> None:
+    """Matrix units need rows of a multiple of 16 bytes. GPT-2 has 50,257 tokens."""
+    row_lengths: list[int] = []
+    for name in ("_mm_out", "_addmm_out"):
+
+        def recorded(*matrices: Tensor, product: Callable[..., Tensor] = getattr(_linear_head, name)) -> Tensor:
+            row_lengths.extend(max(matrix.stride()) for matrix in matrices)
+            return product(*matrices)
+
+        monkeypatch.setattr(_linear_head, name, recorded)
+    head, labels = random_head(2, 6, 8, 33, requires_grad), random_labels(2, 6, 33)
+    logps = head.sequence_logps(labels, keep_bytes=keep_bytes)
+    torch.testing.assert_close(logps, reference_logps(head.logits(), labels))
+    logps.sum().backward()
+    assert {length % 8 for length in row_lengths} == {0}
 
 
 def test_inputs_may_have_any_strides() -> None:
