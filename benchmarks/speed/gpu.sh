@@ -11,6 +11,8 @@
 #          the one to measure. Dependencies are not installed, so the script needs no package index.
 # WHEELS=  A folder of wheels to install first.
 # STEPS=   The steps to run, in this order (default: all of them).
+# LATENCY_ARGS=, HEAD_ARGS=, TRAINER_ARGS=, TESTS_ARGS=
+#          Arguments for these steps, such as other sizes. TESTS_ARGS are for both steps that run pytest.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/gpu}
@@ -33,18 +35,20 @@ pytest() { # arguments: name, time limit in seconds, arguments of pytest
   if "$python" -c "import xdist" 2> /dev/null; then workers="--numprocesses $(($(nproc) - 2)) --dist worksteal"; fi
   # -v prints a line for each test, so that a run that is cut off has named its failures.
   # A warning of a library that is newer here than in development must not fail a test.
-  step "$1" "$2" "$python" -m pytest -v -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}"
+  # shellcheck disable=SC2086  # the variables hold several arguments, or none
+  step "$1" "$2" "$python" -m pytest -v -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}" ${TESTS_ARGS:-}
 }
 
+# shellcheck disable=SC2086
 run() {
   case $1 in
     install) step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable . ;;
     report) step report 30 "$python" -m amapo_loss ;;
     essentials) pytest essentials 120 tests/loss/test_pair_loss.py tests/logps -k "OnAGpu or OnGPU or boundary" ;;
-    latency) step latency 120 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json" ;;
-    head) step head 120 "$python" -m benchmarks.speed.head --out "$out/head_gpu.json" ;;
+    latency) step latency 120 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json" ${LATENCY_ARGS:-} ;;
+    head) step head 120 "$python" -m benchmarks.speed.head --out "$out/head_gpu.json" ${HEAD_ARGS:-} ;;
     tests) pytest tests 180 tests/loss tests/logps ;;
-    trainer) step trainer 60 "$python" -m benchmarks.speed.trainer --out "$out/trainer_gpu.json" ;;
+    trainer) step trainer 60 "$python" -m benchmarks.speed.trainer --out "$out/trainer_gpu.json" ${TRAINER_ARGS:-} ;;
     *) echo "unknown step $1" && failed+=" $1" ;;
   esac
 }

@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="number of layers of the model")
     parser.add_argument("--out", type=Path, default=RESULTS / f"trainer_{device}.json", help="JSON file to write")
     args = parser.parse_args()
+    if args.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps must be above {WARM_UP_STEPS}, the number of steps that are not timed, got {args.steps}")
     os.environ["TQDM_DISABLE"] = "1"
     warnings.simplefilter("ignore")  # the warnings of TRL and transformers would hide the table
     transformers.logging.set_verbosity_error()

@@ -243,7 +243,7 @@ def test_every_optional_argument_compiles(optional: dict[str, Any]) -> None:
     torch.testing.assert_close(gradients(actual, inputs), gradients(expected, inputs))
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", ["80", "90", "120"])
 def test_all_kernels_compile_for_gpus_that_are_not_present(capability: str, tmp_path: Path) -> None:
     """The bounds are a little above what the compilers of Triton 3.4 to 3.9 make."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,27 @@ def test_formulas_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["formulas", "--out", str(out)])
     formulas.main()
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_script_runs_its_steps_without_a_gpu_as_well(tmp_path: Path) -> None:
+    """The sizes are small. The tests for a GPU are collected and skipped. The step `head` has a test of its own."""
+    environment = {
+        "PYTHON": sys.executable,
+        "STEPS": "report essentials latency tests trainer",
+        "LATENCY_ARGS": "--pairs 2 --rounds 1 --repeats 1",
+        "TRAINER_ARGS": "--rounds 1 --steps 3 --batch-size 2 --vocabulary 258 --width 32 --layers 1",
+        "TESTS_ARGS": "--numprocesses 0",
+    }
+    script = Path(latency.__file__).with_name("gpu.sh")
+    result = subprocess.run(
+        ["bash", str(script), str(tmp_path)], env=os.environ | environment, capture_output=True, check=False
+    )
+    log = (tmp_path / "log.txt").read_text()
+    assert result.returncode == 0, log[-3000:]
+    assert len(re.findall(r"^== \w+: \d+ s$", log, flags=re.MULTILINE)) == 5
+    for name in ("latency", "trainer"):
+        assert json.loads((tmp_path / f"{name}_gpu.json").read_text())["rows"]
+    assert log.count("skipped") >= 2
 
 
 def test_the_gpu_script_runs_the_given_steps_and_names_those_that_failed(tmp_path: Path) -> None:
