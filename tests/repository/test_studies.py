@@ -379,7 +379,12 @@ def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -
     store, out = tmp_path / "store", tmp_path / "out"
     arguments = ("oracle", "--scale", "smoke", "--jobs", 1, "--store", store, "--out", out)
     process = subprocess.Popen(
-        command_line(*arguments), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        command_line(*arguments),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore SIGINT
     )
     deadline = time.monotonic() + 120
     while len(list(store.glob("*.json"))) < 4 and time.monotonic() < deadline:
