@@ -67,10 +67,11 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 		PYTHONPATH=build/trl/$$version $(PYTEST) tests/integrations/test_trl.py $(ARGS) || exit 1; \
 	done
 
+# The interpreters of Triton up to 3.6 need numpy < 2.4.
 torch: .venv/ready  ## Run the tests of the loss and the log-probs with other versions of PyTorch. TORCH= and TESTS= take lists.
 	@for version in $(TORCH); do \
 		echo "torch $$version"; \
-		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version && \
+		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version "numpy<2.4" && \
 		PYTHONPATH=build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
 	done
 
