@@ -60,11 +60,12 @@ studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL= and RM
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
 	$(RUN) benchmarks.studies $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
 
+# PYTHONPATH is absolute, because some tests start processes in another folder.
 trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VERSIONS= takes a list of them.
 	@for version in $(VERSIONS); do \
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
-		PYTHONPATH=build/trl/$$version $(PYTEST) tests/integrations/test_trl.py $(ARGS) || exit 1; \
+		PYTHONPATH=$(CURDIR)/build/trl/$$version $(PYTEST) tests/integrations/test_trl.py $(ARGS) || exit 1; \
 	done
 
 # The interpreters of Triton up to 3.6 need numpy < 2.4.
@@ -72,13 +73,13 @@ torch: .venv/ready  ## Run the tests of the loss and the log-probs with other ve
 	@for version in $(TORCH); do \
 		echo "torch $$version"; \
 		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version "numpy<2.4" && \
-		PYTHONPATH=build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
+		PYTHONPATH=$(CURDIR)/build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
 	done
 
 frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.
 	@for name in $(FRAMEWORKS); do \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/frameworks/$$name --requirement tests/frameworks/$$name.txt && \
-		PYTHONPATH=build/frameworks/$$name $(PYTEST) tests/frameworks -k $$name $(ARGS) || exit 1; \
+		PYTHONPATH=$(CURDIR)/build/frameworks/$$name $(PYTEST) tests/frameworks -k $$name $(ARGS) || exit 1; \
 	done
 
 gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.
