@@ -657,6 +657,7 @@ def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tm
     assert "formula='released'" in loss
     assert "- statistics over: the latest 16 scores on all processes\n" in loss
     assert "arXiv 2511.09385" in card
+    assert f"- TRL: {version('trl')}\n" in card, "the process has the TRL that is tested here"
 
     misspelt = subprocess.run(
         [*command, "--formla", "paper"], capture_output=True, text=True, check=False, cwd=tmp_path
