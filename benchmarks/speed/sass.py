@@ -186,7 +186,8 @@ def compile_pair_loss() -> None:
 def main() -> None:
     """Compile all kernels for each architecture and print their counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capability", type=int, nargs="*", default=[80, 89, 90, 100, 120], help="compute capabilities, as in 90")
+    capabilities = [80, 89, 90, 100, 120]
+    parser.add_argument("capability", type=int, nargs="*", default=capabilities, help="compute capabilities, as in 90")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     kernels = [kernel for capability in args.capability for kernel in compile_kernels(capability)]
