@@ -57,10 +57,10 @@ class LossOptions(NamedTuple):
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return self
 
-    def having(
+    def replaced(
         self, beta: float | Tensor, margin: Margin, statistics: ScoreStatistics | Estimator | None
     ) -> "LossOptions":
-        """Return the options with other tensors. torch.compile of torch 2.8 cannot trace `_replace`."""
+        """Return the options with other values of these three. torch.compile of torch 2.8 cannot trace `_replace`."""
         return LossOptions(
             beta, self.label_smoothing, margin, statistics, self.process_group, self.reduction, self.backend
         )

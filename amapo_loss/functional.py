@@ -103,9 +103,9 @@ def amapo_loss(
             rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
             one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. The scores that an
-            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton, from
-            version 3.4 on, for log-probs on a GPU unless they are float64, and torch for everything else. Only torch
-            has second derivatives.
+            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU
+            that are not float64, if Triton 3.4 or newer is installed, and torch for everything else. Only torch has
+            second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
@@ -274,7 +274,7 @@ def _with_checked_tensors(options: LossOptions, pairs: Pairs) -> LossOptions:
         margin = _checked_margins("margin", margin, pairs)
     if isinstance(statistics, ScoreStatistics):
         statistics = _checked_statistics(statistics, device)
-    return options.having(beta, margin, statistics)
+    return options.replaced(beta, margin, statistics)
 
 
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
@@ -301,7 +301,7 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
         d, rewards = _reference.log_ratio_differences(pairs.prepared(), options.beta)
         statistics = _statistics(options, pairs, d, rewards[0], rank_moments)
         margin = _margin(options, pairs, rewards[0], statistics)
-        options = options.having(options.beta, margin, statistics)
+        options = options.replaced(options.beta, margin, statistics)
     output = pair_loss.pair_loss(pairs, options, rank_moments)
     supplied = options.statistics
     diagnostics = Diagnostics(

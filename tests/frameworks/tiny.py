@@ -14,14 +14,11 @@ import transformers
 from torch import Tensor
 
 from amapo_loss import ScoreStatistics, amapo_loss, sequence_logps
+from tests.support.additions import additions
 
 BETA = 2.5
 MICRO_BATCHES = 2  # of each optimizer step
-NUMBERS = [(i * 37 % 100, i * 73 % 1000) for i in range(40)]
-PAIRS = [
-    {"prompt": f"{a} + {b} = ", "chosen": f"{a + b}", "rejected": f"{a + b + 1}{' or so' * (a % 3)}"}
-    for a, b in NUMBERS
-]
+PAIRS = additions(40)
 TRAIN, EVAL = PAIRS[:32], PAIRS[32:]
 
 

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from amapo_loss.logps import _linear_head
 from amapo_loss.logps._linear_head import _mm_out
 from amapo_loss.logps._online_lse import OnlineLSE
 from benchmarks.speed.memory import peak_bytes
-from tests.support.backends import GPU, every_tiling, no_synchronization, on_gpu, tiled
+from tests.support.backends import GPU, every_tiling, needs_gpu, no_synchronization, on_gpu, tiled
 from tests.support.generators import examples
 from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
 from tests.support.ranks import on_ranks
@@ -661,8 +662,9 @@ def test_autocast_rounds_the_inputs_of_products_except_float64(requires_grad: st
 
 @pytest.fixture
 def _compiler_reset() -> Iterator[None]:
-    """Let the compiler trace `nonzero`, as it does by itself from torch 2.10 on. Discard the code after the test."""
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    """Let compilers before torch 2.10 trace `nonzero`, as later ones do. Discard the code after the test."""
+    is_old = TorchVersion(torch.__version__) < "2.10"
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True) if is_old else nullcontext():
         yield
     torch.compiler.reset()
 
@@ -808,9 +810,9 @@ linear_token_logps(hidden, torch.zeros(5, 8, device="cuda"), torch.tensor([0, {}
 """
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 class TestOnGPU:
+    pytestmark = needs_gpu
+
     @pytest.mark.parametrize("keep_bytes", [0, 2**30, 2**40])
     @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
     def test_a_head_of_realistic_size_is_exact_and_does_not_hold_the_logits(

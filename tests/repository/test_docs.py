@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tables
+from tests.frameworks.test_frameworks import FRAMEWORKS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +22,7 @@ class Example(NamedTuple):
     code: str
 
 
-FRAMEWORKS = ("llamafactory", "openrlhf", "swift", "axolotl", "torchtune")  # tests/frameworks runs their recipes
+# tests/frameworks runs the recipes for the frameworks.
 EXAMPLES = [
     Example(page.name, number, code)
     for page in PAGES

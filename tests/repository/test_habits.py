@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import amapo_loss
+from tests.frameworks.test_frameworks import FRAMEWORKS
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -135,6 +136,7 @@ def test_ci_runs_the_oldest_supported_versions_and_those_of_the_makefile() -> No
     }
     for job, variable in {"torch": "TORCH", "trl": "VERSIONS", "frameworks": "FRAMEWORKS"}.items():
         assert re.findall(rf"^{variable} \?= (.*)", makefile, flags=re.MULTILINE) == [" ".join(tested[job])]
+    assert tested["frameworks"] == list(FRAMEWORKS)
     for job in ("torch", "trl"):
         (oldest,) = re.findall(rf'"{job}>=([\d.]+)', pyproject)
         assert Version(tested[job][0]) == Version(oldest)

@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from amapo_loss.trl import AMaPOConfig, AMaPOTrainer
 from benchmarks.speed.trainer import byte_tokenizer, llama
+from tests.support.additions import additions
 
 
 def tiny_llama(seed: int = 0) -> Any:
@@ -66,14 +67,8 @@ def pairs_with_images(n: int = 12) -> Any:
 
 
 def pairs(n: int = 24) -> Any:
-    """Return a dataset of n additions, each with a right and a wrong response. The responses differ in length."""
-    terms = [(i * 37 % 100, i * 73 % 1000) for i in range(n)]
-    return Dataset.from_list(
-        [
-            {"prompt": f"{a} + {b} = ", "chosen": f"{a + b}", "rejected": f"{a + b + 1}{' or so' * (a % 3)}"}
-            for a, b in terms
-        ]
-    )
+    """Return `additions` as a dataset."""
+    return Dataset.from_list(additions(n))
 
 
 def pairs_with_columns(n: int = 24) -> Any:
