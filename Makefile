@@ -21,7 +21,7 @@ demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your
 compare: .venv/ready  ## Train with thirteen losses of docs/losses.md. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.compare $(FILES) $(ARGS)
 
-test: .venv/ready  ## Run every test that needs no GPU. ARGS= takes options and files for pytest.
+test: .venv/ready  ## Run every test that needs neither a GPU nor a framework. ARGS= takes options and files for pytest.
 	$(PYTEST) --doctest-modules --ignore=amapo_loss/__main__.py $(ARGS)
 
 lint: .venv/ready  ## Check the style with Ruff and the types with mypy.

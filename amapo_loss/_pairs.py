@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
         if self.weights is not None:
             others["weights"] = _checks.weight_tensor("weights", self.weights)
         _checks.one_entry_per_pair(logps | others)
-        # No `_replace` and no slices of named tuples: torch.compile of torch 2.8 cannot trace them.
+        # torch.compile of torch 2.8 can trace neither `_replace` nor slices of a named tuple.
         return Pairs(*self.logps(), **{name: tensor.detach() for name, tensor in others.items()})
 
     def _both_or_neither(self, first: str, second: str) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ class AMaPOConfig(DPOConfig):
         """
         if not isinstance(dpo_config, DPOConfig):
             raise TypeError(f"dpo_config must be a DPOConfig, got {type(dpo_config).__name__}")
-        # Not `to_dict`, which masks tokens and turns objects into text.
+        # `to_dict` would mask tokens and turn objects into text.
         names = [f.name for f in fields(cls) if f.init and hasattr(dpo_config, f.name)]
         values = {name: getattr(dpo_config, name) for name in names}
         if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):

@@ -11,12 +11,12 @@ OLDEST_TRITON = "3.4"  # comes with torch 2.8
 
 
 def _why_no_triton() -> str | None:
-    """Return why Triton cannot be used, as a sentence, or None. It is not imported, which takes a second."""
+    """Return why Triton cannot be used, as a sentence, or None. It imports no Triton, because that takes a second."""
     if find_spec("triton") is None:
         return "Triton is not installed: `pip install triton`, or use backend='torch' or 'auto'"
     try:
         installed = version("triton")
-    except PackageNotFoundError:  # installed under another name, for instance in PyTorch's builds for ROCm
+    except PackageNotFoundError:  # under another name, as in PyTorch's builds for ROCm: assume that it is new enough
         return None
     if TorchVersion(installed) < OLDEST_TRITON:
         return f"Triton {installed} is older than {OLDEST_TRITON}: update PyTorch, or use backend='torch' or 'auto'"

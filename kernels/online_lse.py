@@ -65,20 +65,21 @@ def _update_kernel(
         z_ptr += row // inner * z_outer_stride + row % inner * z_inner_stride
         target_column = y - first_column
         earlier_max = tl.load(max_rest_ptr + row)  # finite from the start, because -inf - -inf would be NaN below
-        # Each lane has a maximum and a sum of its own, so that no thread waits for another one inside the loop.
-        lane_max = tl.zeros((BLOCK,), tl.float32) + earlier_max
-        lane_sum = tl.zeros((BLOCK,), tl.float32)
+        # Each of the BLOCK positions has a maximum and a sum of its own, so that no thread waits inside the loop.
+        maxima = tl.zeros((BLOCK,), tl.float32) + earlier_max
+        sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, num_columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
             z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_columns, scale, softcap)
             z = tl.where(j == target_column, -INF, z)
-            smaller = tl.exp(-tl.abs(z - lane_max))  # of the new logit or of the sum so far, relative to the larger
-            lane_sum = tl.where(z > lane_max, lane_sum * smaller + 1, lane_sum + smaller)
-            lane_max = tl.maximum(lane_max, z)
-        max_rest = tl.max(lane_max)
+            # One exponential is both the factor of the old sum, if z is a new maximum, and else the new addend.
+            exp = tl.exp(-tl.abs(z - maxima))
+            sums = tl.where(z > maxima, sums * exp + 1, sums + exp)
+            maxima = tl.maximum(maxima, z)
+        max_rest = tl.max(maxima)
         sum_rest = tl.load(sum_rest_ptr + row) * tl.exp(earlier_max - max_rest)
         tl.store(max_rest_ptr + row, max_rest)
-        tl.store(sum_rest_ptr + row, sum_rest + tl.sum(lane_sum * tl.exp(lane_max - max_rest)))
+        tl.store(sum_rest_ptr + row, sum_rest + tl.sum(sums * tl.exp(maxima - max_rest)))
         if (target_column >= 0) & (target_column < num_columns):
             target_logit = _load_logits(z_ptr, bias_ptr, target_column, z_column_stride, y >= 0, scale, softcap)
             tl.store(target_logit_ptr + row, target_logit)

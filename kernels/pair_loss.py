@@ -158,14 +158,13 @@ def _pivot_score(batch, n, beta):
     return _load_pairs(batch, i, _load_weights(batch, i, i < n)[1], beta)[0]
 
 
+# These stack n columns [BLOCK] into one tensor [BLOCK, 2, ..., 2] with zeros in the rows that the mask excludes.
+# Reshaped to [BLOCK, n], it has the columns in the order of the tuple. A reduction of many columns at once waits at as
+# few barriers as a reduction of one. There is a function for each n, because Triton 3.4 cannot compile a recursive one.
+
+
 @triton.jit
 def _stack_2(columns, mask):
-    """Stack 2 columns [BLOCK] into one tensor [BLOCK, 2] with zeros in the rows that the mask excludes.
-
-    `_stack_4` and the others make [BLOCK, 2, ..., 2]. Reshaped to [BLOCK, n], it has the columns in the order of the
-    tuple. A reduction of many columns at once waits at as few barriers as a reduction of one. One recursive function
-    would do for all, but Triton 3.4 cannot compile it.
-    """
     return tl.join(tl.where(mask, columns[0], 0.0), tl.where(mask, columns[1], 0.0))
 
 

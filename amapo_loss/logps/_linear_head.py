@@ -149,8 +149,8 @@ class _FrozenHead(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         factor, direction = ctx.saved_tensors
-        # In place, the result is rounded to the dtype of the hidden states without a float32 copy. It must be a new
-        # tensor, because a second backward pass through the same graph needs `direction` again.
+        # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
+        # backward pass through the same graph needs `direction` again.
         grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
         return grad_hidden, *(None,) * 6
 

@@ -30,7 +30,7 @@ from amapo_loss import kernels
 # Elements in a tile: enough for fast matrix products, and little memory beside a model and its optimizer.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 BLOCK_MULTIPLE = 128  # the length of a block is a multiple of this, which suits matrix units, unless one block is all
-ROW_MULTIPLE = 8  # so that the rows of a tile are aligned to 16 bytes, also in bfloat16, as fast matrix products need
+ROW_MULTIPLE = 8  # rows are padded to a multiple of 8 numbers: in bfloat16, 16 bytes, which matrix units load at once
 CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
 
 
@@ -121,10 +121,8 @@ def check_target_ids(
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Return whether Triton processes this tensor.
-
-    PyTorch for ROCm has no matrix products of bfloat16 with a float32 result, which the kernels need.
-    """
+    """Return whether Triton processes this tensor."""
+    # Not on ROCm, where `torch.mm` has no `out_dtype` in older builds, and where nothing here has run yet.
     on_cuda = tensor.is_cuda and torch.version.hip is None
     return on_cuda and tensor.dtype != torch.float64 and kernels.WHY_NO_TRITON is None
 

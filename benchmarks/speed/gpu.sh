@@ -39,7 +39,7 @@ pytest() { # arguments: name, time limit in seconds, arguments of pytest
   step "$1" "$2" "$python" -m pytest -v -m gpu -p no:cacheprovider -W default --tb short -rf $workers "${@:3}" ${TESTS_ARGS:-}
 }
 
-# shellcheck disable=SC2086
+# shellcheck disable=SC2086  # as above
 run() {
   case $1 in
     install) step install 60 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable . ;;

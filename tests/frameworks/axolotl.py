@@ -28,7 +28,7 @@ bf16: false
 
 
 def main() -> None:
-    """Train. The processes that `datasets` starts import this file, and must not do so."""
+    """Train. It is a function, because the processes that `datasets` starts import this file and must not train."""
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1"}
     # Names are imported from these packages, so that empty modules are not enough.
     for name in ("numba", "bitsandbytes", "bitsandbytes.functional", "bitsandbytes.nn", "wandb"):

@@ -22,7 +22,7 @@ PAIRS = additions(40)
 TRAIN, EVAL = PAIRS[:32], PAIRS[32:]
 
 
-def leave_out(*names: str, **contents: Any) -> None:
+def stub_modules(*names: str, **contents: Any) -> None:
     """Put empty modules in place of packages that need a GPU or a compiler, and that a recipe does not use."""
     for name in names:
         module = sys.modules[name] = ModuleType(name)
@@ -43,7 +43,7 @@ def save_model(folder: str) -> None:
 
 
 class Expected:
-    """The losses of the paper's setting: averaged log-probs, no reference, and statistics over all scores so far."""
+    """The losses with averaged log-probs, without a reference, and with statistics over all scores so far."""
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []

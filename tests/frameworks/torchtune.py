@@ -83,7 +83,7 @@ def recorded(logits: Any, labels: Any, **options: Any) -> Any:
     return get_batch_log_probs(logits, labels, **options)
 
 
-def kept(*arguments: Any, **options: Any) -> Any:
+def instantiate_and_store(*arguments: Any, **options: Any) -> Any:
     """Build a component of the recipe, and keep the loss."""
     component = instantiate(*arguments, **options)
     if isinstance(component, AMaPOLoss):
@@ -91,7 +91,7 @@ def kept(*arguments: Any, **options: Any) -> Any:
     return component
 
 
-rlhf.get_batch_log_probs, config.instantiate = recorded, kept
+rlhf.get_batch_log_probs, config.instantiate = recorded, instantiate_and_store
 sys.argv = ["tune", "run", "amapo.py", "--config", "run.yaml"]
 with contextlib.suppress(SystemExit):
     main()

@@ -343,6 +343,8 @@ def test_without_a_triton_that_can_be_used_auto_takes_torch(
     options = LossOptions(2.0, 0.0, AdaptiveMargin(), None, None, "mean", "auto")
     assert functional._uses_triton(Pairs(on_gpu, on_gpu), options) == (reason is None)
     assert _online_lse.uses_triton(on_gpu) == (reason is None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not _online_lse.uses_triton(on_gpu)
     if reason is not None:
         with raises(RuntimeError, f"backend='triton' cannot run: {reason}"):
             amapo_loss(LOGPS, LOGPS, backend="triton")
