@@ -1,18 +1,20 @@
-"""Compile the kernels for NVIDIA GPUs that need not be present, and count what is in the machine code.
+"""Compile the kernels for GPUs that need not be present, and count what is in the machine code.
 
-    python -m benchmarks.speed.sass 80 90
+    python -m benchmarks.speed.sass 80 90 gfx942
 
-The arguments are compute capabilities, here those of A100 and H100. The launch functions run as they do in the library,
-on meta tensors, which have shapes and dtypes but no memory. Each launch compiles its kernel with the specialization and
-the options of a real launch, and does not run it. This finds code that Triton's interpreter accepts and its compiler
-rejects, and shows without a GPU what a change does to registers, spills and barriers. The counts are static: a loop
-counts once. TRITON_INTERPRET must not be set. Depends on torch, Triton, Rich and the kernels.
+The arguments are compute capabilities of NVIDIA and architectures of AMD, here A100, H100 and MI300X. The launch
+functions run as they do in the library, on meta tensors, which have shapes and dtypes but no memory. Each launch
+compiles its kernel with the specialization and the options of a real launch, and does not run it. This finds code
+that Triton's interpreter accepts and its compiler rejects, and shows without a GPU what a change does to registers,
+spills and barriers. The counts are static: a loop counts once. TRITON_INTERPRET must not be set. Depends on torch,
+Triton, Rich and the kernels.
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +35,19 @@ run = JITFunction.run
 # In PTX, the assembler may fuse a multiplication and an addition unless they are marked .rn.
 FUSIBLE = re.compile(r"\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)\b")
 IN_SASS = {"barriers": r"BAR\.SYNC", "shuffles": r"SHFL", "instructions": r"/\*[0-9a-f]{4,}\*/"}
+IN_AMDGCN = {
+    "registers": r"\.vgpr_count: +(\d+)",
+    "stack": r"\.private_segment_fixed_size: +(\d+)",
+    "barriers": r"\ts_barrier",
+    "shuffles": r"\t(?:ds_bpermute|ds_permute|ds_swizzle|v_permlane|v_\w+_dpp)",
+    "instructions": r"(?m)^\t[a-z]",
+}
 
 
 class Kernel(NamedTuple):
     """Counts from the machine code of one launch, and from its PTX for `fusible`."""
 
-    capability: int
+    target: str
     name: str
     block: int  # pairs or columns that a program holds at a time
     warps: int
@@ -47,37 +56,46 @@ class Kernel(NamedTuple):
     barriers: int
     shuffles: int
     instructions: int
-    fusible: int  # floating-point instructions that the assembler may fuse
+    fusible: int | None  # floating-point instructions that the assembler may fuse; None for AMD, where it fuses none
 
 
 class Driver:
-    """A Triton driver that reports a GPU of some compute capability as its current device."""
+    """A Triton driver that reports some GPU as its current device."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
         """Return what to compile for."""
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        """Return the only device."""
-        return 0
+        """Return a number of its own for each target, because Triton keeps what it compiled for a device."""
+        return hash(self.target)
 
     def get_current_stream(self, device: int) -> int:
         """Return a stream, which nothing is launched on."""
         return 0
 
 
-def compile_kernels(capability: int) -> list[Kernel]:
-    """Compile all kernels for GPUs of this compute capability, in the order of their launches."""
+def gpu_target(name: str) -> GPUTarget:
+    """Return what Triton compiles for, from a compute capability without its dot or from the name of an AMD GPU."""
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name), 32)
+
+
+def compile_kernels(target: GPUTarget) -> list[Kernel]:
+    """Compile all kernels for one kind of GPU, in the order of their launches."""
+    count = count_amd if target.backend == "hip" else count_nvidia
     kernels = []
 
     def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
         compiled = run(self, *arguments, warmup=True, **options)
-        kernels.append(count(capability, self.fn.__name__, options["BLOCK"], compiled))
+        launch = (str(target.arch), self.fn.__name__, options["BLOCK"], compiled.metadata.num_warps)
+        kernels.append(Kernel(*launch, **count(compiled.asm)))
 
-    driver.set_active(Driver(capability))
+    driver.set_active(Driver(target))
     JITFunction.run = compile_only
     compile_online_lse()
     compile_pair_loss()
@@ -85,29 +103,28 @@ def compile_kernels(capability: int) -> list[Kernel]:
     return kernels
 
 
-def count(capability: int, name: str, block: int, compiled: Any) -> Kernel:
-    """Return what is in the machine code of a compiled kernel."""
+def count_nvidia(asm: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is in the machine code of a kernel that was compiled for NVIDIA, and in its PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in (
                 (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"),
-                (knobs.nvidia.nvdisasm.path, "--print-code"),
+                (knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", "--no-vliw"),  # these two save time
             )
         )
     registers, stack = (int(re.findall(rf"\b{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
-    return Kernel(
-        capability,
-        name,
-        block,
-        compiled.metadata.num_warps,
-        registers,
-        stack,
-        **{what: len(re.findall(pattern, sass)) for what, pattern in IN_SASS.items()},
-        fusible=len(FUSIBLE.findall(compiled.asm["ptx"])),
-    )
+    counts = {what: len(re.findall(pattern, sass)) for what, pattern in IN_SASS.items()}
+    return {"registers": registers, "stack": stack, **counts, "fusible": len(FUSIBLE.findall(asm["ptx"]))}
+
+
+def count_amd(asm: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is in the assembly code of a kernel that was compiled for AMD, which its machine code repeats."""
+    found = {what: re.findall(pattern, asm["amdgcn"]) for what, pattern in IN_AMDGCN.items()}
+    counts = {what: int(found[what][0]) if what in ("registers", "stack") else len(found[what]) for what in found}
+    return {**counts, "fusible": None}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,18 +201,18 @@ def compile_pair_loss() -> None:
 
 
 def main() -> None:
-    """Compile all kernels for each architecture and print their counts."""
+    """Compile all kernels for each kind of GPU and print their counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    capabilities = [80, 89, 90, 100, 120]
-    parser.add_argument("capability", type=int, nargs="*", default=capabilities, help="compute capabilities, as in 90")
+    targets = [gpu_target(name) for name in ("80", "89", "90", "100", "120", "gfx942")]
+    parser.add_argument("target", type=gpu_target, nargs="*", default=targets, help="GPUs, as in 90 or gfx942")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    kernels = [kernel for capability in args.capability for kernel in compile_kernels(capability)]
+    kernels = [kernel for target in args.target for kernel in compile_kernels(target)]
     table = Table(title="Machine code of each launch", box=SIMPLE, collapse_padding=True)
     for field in Kernel._fields:
-        table.add_column(field, justify="left" if field == "name" else "right", no_wrap=True)
+        table.add_column(field, justify="left" if field in ("target", "name") else "right", no_wrap=True)
     for kernel in kernels:
-        table.add_row(*(str(value) for value in kernel))
+        table.add_row(*("" if value is None else str(value) for value in kernel))
     Console(width=120).print(table)
     if args.out:
         write_json(args.out, "benchmarks.speed.sass", {"kernels": [kernel._asdict() for kernel in kernels]})

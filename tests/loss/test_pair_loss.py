@@ -243,34 +243,43 @@ def test_every_optional_argument_compiles(optional: dict[str, Any]) -> None:
     torch.testing.assert_close(gradients(actual, inputs), gradients(expected, inputs))
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "120"])
-def test_all_kernels_compile_for_gpus_that_are_not_present(capability: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [["80", "89"], ["90", "100"], ["120"], ["gfx942"]], ids=str)
+def test_all_kernels_compile_for_gpus_that_are_not_present(targets: list[str], tmp_path: Path) -> None:
     """The bounds are a little above what the compilers of Triton 3.4 to 3.9 make."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed.sass", capability, "--out", str(tmp_path / "sass.json")],
+        [sys.executable, "-m", "benchmarks.speed.sass", *targets, "--out", str(tmp_path / "sass.json")],
         capture_output=True,
         text=True,
         check=False,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         cwd=Path(__file__).parents[2],
     )
+    if "ROCm linker" in result.stderr:
+        pytest.skip("this version of Triton needs the linker of ROCm")
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = json.loads((tmp_path / "sass.json").read_text())["kernels"]
     linear_head_kernels = ["_update_kernel", "_gradient_kernel", "_gradient_kernel"] * 2
     online_lse_kernels = linear_head_kernels + ["_update_kernel", "_gradient_kernel"] * 3
     pair_loss_kernels = ["_one_launch_kernel"] * 9 + ["_statistics_kernel", "_loss_kernel"] * 3
     pair_loss_kernels += ["_moments_kernel"]
-    assert [kernel["name"] for kernel in kernels] == online_lse_kernels + pair_loss_kernels
-    for kernel in kernels[len(online_lse_kernels) :]:
-        assert kernel["fusible"] == 0, "a fused multiply-add could give margins to equal scores"
-        most_barriers = {"_one_launch_kernel": 26, "_statistics_kernel": 6, "_loss_kernel": 30, "_moments_kernel": 6}
-        assert kernel["barriers"] <= most_barriers[kernel["name"]]
-        assert kernel["shuffles"] <= 250
-        assert kernel["stack"] <= 32
-    for kernel in kernels[: len(online_lse_kernels)]:
-        assert kernel["barriers"] <= 6
-        assert kernel["stack"] == 0
+    launches = online_lse_kernels + pair_loss_kernels
+    assert [(kernel["target"], kernel["name"]) for kernel in kernels] == [
+        (t, name) for t in targets for name in launches
+    ]
+    counts = {json.dumps([list(k.values())[1:] for k in kernels if k["target"] == t]) for t in targets}
+    assert len(counts) == len(targets), "the kernels were not compiled again for the second target"
+    most_barriers = {"_one_launch_kernel": 26, "_statistics_kernel": 6, "_loss_kernel": 30, "_moments_kernel": 6}
+    for kernel in kernels:
+        if kernel["name"] in most_barriers:
+            assert kernel["fusible"] in (0, None), "a fused multiply-add could give margins to equal scores"
+            assert kernel["barriers"] <= most_barriers[kernel["name"]]
+            assert kernel["shuffles"] <= 250
+            assert kernel["stack"] <= 32
+        else:
+            assert kernel["barriers"] <= 6
+            assert kernel["shuffles"] <= 24
+            assert kernel["stack"] <= 8
 
 
 # The following tests need a GPU.
