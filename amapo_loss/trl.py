@@ -293,10 +293,12 @@ class AMaPOTrainer(DPOTrainer):
     def _require_data_parallelism(self) -> None:
         """Raise if several processes have the same pairs, which the statistics would count more than once."""
         parallelism = getattr(self.accelerator, "parallelism_config", None)
-        for name in ("tp_size", "cp_size", "sp_size"):
-            if (getattr(parallelism, name, 1) or 1) > 1:
+        sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+        sizes["tp_size"] = max(sizes["tp_size"], self.get_tp_size())  # DeepSpeed and Transformers have their own, too
+        for name, size in sizes.items():
+            if size > 1:
                 raise ValueError(
-                    f"AMaPOTrainer takes its statistics over all processes, got {name}={getattr(parallelism, name)}: "
+                    f"AMaPOTrainer takes its statistics over all processes, got {name}={size}: "
                     "use data parallelism only"
                 )
 

@@ -371,8 +371,15 @@ def test_the_trainer_refuses_tensor_parallelism(tmp_path: Path) -> None:
 
     trainer = make_trainer(tmp_path)
     assert hasattr(trainer.accelerator, "parallelism_config")
+    accelerator = trainer.accelerator
     trainer.accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(tp_size=2))
     with pytest.raises(ValueError, match="got tp_size=2: use data parallelism only"):
+        trainer._require_data_parallelism()
+    trainer.accelerator = accelerator
+    trainer._require_data_parallelism()
+    trainer.is_deepspeed_enabled = True
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={"tensor_parallel": {"autotp_size": 4}})
+    with pytest.raises(ValueError, match="got tp_size=4: use data parallelism only"):
         trainer._require_data_parallelism()
 
 
