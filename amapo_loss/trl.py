@@ -216,6 +216,22 @@ def _has_log_probs(outputs: Any) -> bool:
     return getattr(outputs, "log_probs", None) is not None
 
 
+def _with_float32_logps(model: Any) -> Any:
+    """Return a function that calls a model, and gives log-probs of TRL's fused head at least in float32.
+
+    The head computes them in float32, but accelerate lets FSDP2 cast them to bfloat16 if bf16 is set. Their sum over a
+    response would then be rounded to bfloat16, too, which has steps of 1 from 128 on.
+    """
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        outputs = model(*arguments, **options)
+        if _has_log_probs(outputs):
+            outputs.log_probs = outputs.log_probs.to(torch.promote_types(outputs.log_probs.dtype, torch.float32))
+        return outputs
+
+    return call
+
+
 def _summed_logps(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """Return the summed log-probs [2B] of the responses, the chosen ones first, from the output of the model.
 
@@ -339,7 +355,7 @@ class AMaPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, *arguments: Any) -> Any:
         """Return what `DPOTrainer` returns: the log-probs of the reference for a batch, which is the last argument."""
         *models, inputs = arguments
-        return super().compute_ref_log_probs(*models, self._without_columns(inputs))
+        return super().compute_ref_log_probs(*map(_with_float32_logps, models), self._without_columns(inputs))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -358,7 +374,7 @@ class AMaPOTrainer(DPOTrainer):
         logps: list[Tensor] = []
 
         def recording_model(*arguments: Any, **options: Any) -> Any:
-            outputs = model(*arguments, **options)
+            outputs = _with_float32_logps(model)(*arguments, **options)
             logps.append(_summed_logps(outputs, inputs))
             if not self.args.sft_weight and not _has_log_probs(outputs):
                 outputs.logits = outputs.logits.detach()  # TRL's loss is multiplied by 0: no gradient is wanted for it

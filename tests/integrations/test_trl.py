@@ -36,6 +36,7 @@ from tests.support.trl import (  # noqa: E402
 )
 
 ROOT = Path(__file__).parents[2]
+TRL = tuple(map(int, version("trl").split(".")[:2]))
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
@@ -168,6 +169,29 @@ def test_a_vision_language_model_trains_on_pairs_with_images(tmp_path: Path, ref
         assert log[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
     assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.window.seen == 8
+
+
+@pytest.mark.skipif(TRL < (1, 15), reason="before 1.15, TRL has no fused head")
+@pytest.mark.parametrize("precompute", [False, True])
+def test_log_probs_in_bfloat16_are_summed_in_float32(tmp_path: Path, precompute: bool) -> None:
+    """FSDP2 gives the log-probs of the tokens in bfloat16, in which their sums would have steps of 0.125 and more."""
+
+    def in_bfloat16(_: Any, __: Any, outputs: Any) -> None:
+        outputs.log_probs = outputs.log_probs.bfloat16()
+
+    models = [tiny_llama(seed) for seed in (0, 7)]
+    for model in models:
+        model.register_forward_hook(in_bfloat16)
+    options = {"ref_model": models[1], "reference_free": False, "max_steps": 1, "precompute_ref_log_probs": precompute}
+    trainer = make_trainer(tmp_path, models[0], **options, length_average=False, beta=0.1)
+    batch = first_batch(trainer.get_train_dataloader())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    token_logps = [model(**inputs, labels=labels, fused_lm_head=True).log_probs for model in models]
+    logps, ref_logps = (logps.float().sum(1).chunk(2) for logps in token_logps)
+    trainer.train()
+    expected = amapo_loss(*logps, *ref_logps, beta=0.1).loss.item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_increases_the_reward_margins(tmp_path: Path) -> None:
@@ -673,9 +697,7 @@ def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tm
     assert "formla" in misspelt.stderr
 
 
-@pytest.mark.skipif(
-    tuple(map(int, version("trl").split(".")[:2])) < (1, 15), reason="the benchmark is for a TRL with a fused head"
-)
+@pytest.mark.skipif(TRL < (1, 15), reason="the benchmark is for a TRL with a fused head")
 def test_the_benchmark_of_a_training_step_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
