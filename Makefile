@@ -13,7 +13,7 @@ FRAMEWORKS ?= llamafactory openrlhf swift axolotl torchtune
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl torch frameworks gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl torch deepspeed frameworks gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -65,7 +65,7 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 	@for version in $(VERSIONS); do \
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
-		PYTHONPATH=$(CURDIR)/build/trl/$$version $(PYTEST) tests/integrations/test_trl.py $(ARGS) || exit 1; \
+		PYTHONPATH=$(CURDIR)/build/trl/$$version $(PYTEST) tests/integrations/test_trl.py tests/integrations/test_sharded.py $(ARGS) || exit 1; \
 	done
 
 # The interpreters of Triton up to 3.6 need numpy < 2.4.
@@ -75,6 +75,10 @@ torch: .venv/ready  ## Run the tests of the loss and the log-probs with other ve
 		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version "numpy<2.4" && \
 		PYTHONPATH=$(CURDIR)/build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
 	done
+
+deepspeed: .venv/ready  ## Install DeepSpeed, and run the tests of the trainer on two processes with ZeRO and with FSDP2.
+	$(RUN) pip install --quiet --no-deps --upgrade --target build/deepspeed --requirement tests/integrations/deepspeed.txt
+	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) tests/integrations/test_sharded.py $(ARGS)
 
 frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.
 	@for name in $(FRAMEWORKS); do \
