@@ -1,6 +1,6 @@
 """Check `AMaPOTrainer` with FSDP2 and with DeepSpeed's ZeRO-2 and ZeRO-3: real accelerate, two real processes on CPUs.
 
-`make deepspeed` installs DeepSpeed, and runs this file. `make test` runs it without DeepSpeed.
+`make test` runs the test with FSDP2. `make deepspeed` installs DeepSpeed, and runs the two others.
 """
 
 import os
