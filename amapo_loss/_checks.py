@@ -51,22 +51,24 @@ def token_ids(name: str, value: object) -> Tensor:
     return value
 
 
+def integer_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is an int32 or int64 tensor, else raise TypeError."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_describe(value)}")
+    return value
+
+
 def plain_activation(name: str, value: Tensor) -> None:
     """Raise TypeError for a DTensor where an activation or its labels are expected."""
-    if _is_dtensor(value):
+    if is_dtensor(value):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or {name}.to_local() if each "
             "rank has sequences of its own"
         )
 
 
-def plain_parameter(name: str, value: Tensor) -> None:
-    """Raise for a parameter that FSDP2 has sharded, or DeepSpeed ZeRO-3 partitioned."""
-    if _is_dtensor(value):
-        raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor(), or call this inside the forward "
-            f"of the module that holds it, where FSDP2 has gathered it"
-        )
+def gathered_parameter(name: str, value: Tensor) -> None:
+    """Raise for a parameter that DeepSpeed ZeRO-3 has partitioned."""
     if value.shape == (0,):
         raise ValueError(
             f"{name} is empty, as DeepSpeed ZeRO-3 leaves a partitioned parameter: call this inside "
@@ -74,7 +76,8 @@ def plain_parameter(name: str, value: Tensor) -> None:
         )
 
 
-def _is_dtensor(value: Tensor) -> bool:
+def is_dtensor(value: Tensor) -> bool:
+    """Return whether this is a DTensor."""
     return hasattr(value, "full_tensor")  # importing the class DTensor takes as long as importing this whole package
 
 

@@ -1,17 +1,11 @@
 """Count, mean and sum of squared deviations (M2) of scores, and how those of several parts or ranks are merged.
 
-Depends only on torch and the argument checks. Everything is float64, so that a mean far larger than the standard
-deviation, or a large number of ranks, costs no precision. Only on devices without float64 it is float32.
+Depends only on torch. Everything is float64, so that a mean far larger than the standard deviation, or a large number
+of ranks, costs no precision. Only on devices without float64 it is float32.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from amapo_loss import _checks
-
-# torch 2.13 deprecates the name all_gather_into_tensor.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -44,25 +38,6 @@ def weighted_moments(
     row = moments(scores, mask)
     total = row[:1] if weights is None else weights.sum(0, keepdim=True, dtype=row.dtype)
     return torch.cat((row, total))
-
-
-def all_gather_row(
-    row: Tensor,  # [k]
-    process_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Return the rows [ranks, k] of all ranks, with one all-gather; without a group, the one row [1, k]."""
-    if process_group is None:
-        return row[None]
-    _checks.process_group("process_group", process_group)
-    rows = row.new_empty(dist.get_world_size(process_group) * len(row))
-    try:
-        _all_gather(rows, row, group=process_group)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the score statistics of process_group could not be gathered: has another rank failed, or not called the "
-            f"loss? ({error})"
-        ) from error
-    return rows.view(-1, len(row))
 
 
 def merge_moments(

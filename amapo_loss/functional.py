@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 from amapo_loss import _checks, _reference, kernels
 from amapo_loss._checks import Backend, Reduction
-from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, weighted_moments
+from amapo_loss._collectives import all_gather_row
+from amapo_loss._moments import mean_std_count, merge_moments, weighted_moments
 from amapo_loss._options import LossOptions, Margin
 from amapo_loss._pairs import Pairs
 from amapo_loss.diagnostics import Diagnostics

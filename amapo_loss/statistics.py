@@ -1,6 +1,6 @@
 """The batch statistics that a margin is made from: of one batch, of all ranks, or of the latest scores.
 
-Depends only on torch, the argument checks and the moments.
+Depends only on torch, the argument checks, the moments and the collectives.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amapo_loss import _checks
-from amapo_loss._moments import all_gather_row, mean_std_count, merge_moments, moments, sum_dtype
+from amapo_loss._collectives import all_gather_row
+from amapo_loss._moments import mean_std_count, merge_moments, moments, sum_dtype
 
 
 class ScoreStatistics(NamedTuple):

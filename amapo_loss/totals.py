@@ -1,6 +1,6 @@
 """`Totals`: what a summary is made of, in a form that adds up over micro-batches, ranks and log steps.
 
-Depends only on torch and the moments.
+Depends only on torch, the moments and the collectives.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amapo_loss._moments import all_gather_row, merge_moments
+from amapo_loss._collectives import all_gather_row
+from amapo_loss._moments import merge_moments
 
 # The entries of `Totals.values`. The Triton kernel writes them in this order. The first three are the moments of the
 # scores, the last one is a maximum, and all others are sums over the pairs. Those from "scores" to "scores above mean"

@@ -41,6 +41,12 @@ def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
 
 
 @triton.jit
+def _move(deviations, sums, step, exp_step):
+    """Return sums of exp(z - m) (z - m) after m has grown by -step. Where exp(step) is 0, the step may be -inf."""
+    return tl.where(exp_step > 0, (deviations + sums * step) * exp_step, 0.0)
+
+
+@triton.jit
 def _update_kernel(
     z_ptr,  # [n / inner, inner, v]
     z_outer_stride,
@@ -50,6 +56,7 @@ def _update_kernel(
     target_logit_ptr,  # [n], updated
     max_rest_ptr,  # [n], updated
     sum_rest_ptr,  # [n], updated
+    deviation_rest_ptr,  # [n], updated, or None
     bias_ptr,  # [v], or None
     first_column,
     num_columns,
@@ -65,21 +72,31 @@ def _update_kernel(
         z_ptr += row // inner * z_outer_stride + row % inner * z_inner_stride
         target_column = y - first_column
         earlier_max = tl.load(max_rest_ptr + row)  # finite from the start, because -inf - -inf would be NaN below
-        # Each of the BLOCK positions has a maximum and a sum of its own, so that no thread waits inside the loop.
+        # Each of the BLOCK positions has a maximum and sums of its own, so that no thread waits inside the loop.
         maxima = tl.zeros((BLOCK,), tl.float32) + earlier_max
         sums = tl.zeros((BLOCK,), tl.float32)
+        deviations = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, num_columns, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
             z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_columns, scale, softcap)
             z = tl.where(j == target_column, -INF, z)
-            # One exponential is both the factor of the old sum, if z is a new maximum, and else the new addend.
-            exp = tl.exp(-tl.abs(z - maxima))
+            # One exponential is both the factor of the old sums, if z is a new maximum, and else the new addend.
+            step = z - maxima
+            exp = tl.exp(-tl.abs(step))
+            if deviation_rest_ptr is not None:
+                added = deviations + tl.where(exp > 0, exp * step, 0.0)  # 0 * -inf would be NaN
+                deviations = tl.where(z > maxima, _move(deviations, sums, -step, exp), added)
             sums = tl.where(z > maxima, sums * exp + 1, sums + exp)
             maxima = tl.maximum(maxima, z)
         max_rest = tl.max(maxima)
-        sum_rest = tl.load(sum_rest_ptr + row) * tl.exp(earlier_max - max_rest)
+        step = maxima - max_rest
+        earlier_step = earlier_max - max_rest
+        earlier_sum = tl.load(sum_rest_ptr + row)
+        if deviation_rest_ptr is not None:
+            earlier = _move(tl.load(deviation_rest_ptr + row), earlier_sum, earlier_step, tl.exp(earlier_step))
+            tl.store(deviation_rest_ptr + row, earlier + tl.sum(_move(deviations, sums, step, tl.exp(step))))
         tl.store(max_rest_ptr + row, max_rest)
-        tl.store(sum_rest_ptr + row, sum_rest + tl.sum(sums * tl.exp(maxima - max_rest)))
+        tl.store(sum_rest_ptr + row, earlier_sum * tl.exp(earlier_step) + tl.sum(sums * tl.exp(step)))
         if (target_column >= 0) & (target_column < num_columns):
             target_logit = _load_logits(z_ptr, bias_ptr, target_column, z_column_stride, y >= 0, scale, softcap)
             tl.store(target_logit_ptr + row, target_logit)
@@ -139,6 +156,7 @@ def update(
     target_logit: Tensor,  # [n]
     max_rest: Tensor,  # [n]
     sum_rest: Tensor,  # [n]
+    deviation_rest: Tensor | None,  # [n]
     z: Tensor,  # [n, v] or [n / inner, inner, v], any strides
     first_column: int,
     bias: Tensor | None,  # [v]
@@ -156,6 +174,7 @@ def update(
                 target_logit,
                 max_rest,
                 sum_rest,
+                deviation_rest,
                 bias,
                 first_column,
                 num_columns,
@@ -172,9 +191,7 @@ def write_gradient(
     out: Tensor,  # shape of z, adjacent columns
     z: Tensor,  # [n, v] or [n / inner, inner, v], any strides
     target_ids: Tensor,  # [n]
-    target_logit: Tensor,  # [n], unused, so that callers can pass their whole state
     max_rest: Tensor,  # [n]
-    sum_rest: Tensor,  # [n], unused as well
     first_column: int,
     bias: Tensor | None,  # [v]
     scale: float,

@@ -45,7 +45,9 @@ def test_tiles_of_logits_are_accessed_without_races(v: int, dtype: torch.dtype) 
         with watched(count_barriers) as problems, patch.object(online_lse, "MAX_BLOCK", 128):
             online_lse.update(*state, z, 0, None, 1.0, None)
             grad_z = z.view(dtype)[:, :v]
-            online_lse.write_gradient(grad_z, z, *state, 0, torch.randn(v), 0.5, 30.0, *torch.ones(2, 6), False)
+            online_lse.write_gradient(
+                grad_z, z, state.target_ids, state.max_rest, 0, torch.randn(v), 0.5, 30.0, *torch.ones(2, 6), False
+            )
         race = "_gradient_kernel: a lane stores what another one loads, without a barrier between them"
         assert problems == ([] if count_barriers or dtype == torch.float32 else [race])
 

@@ -4,16 +4,22 @@ This file has the public functions, their argument checks and the reduction over
 `_logits` compute the log-probs, both with the mathematics of `_online_lse`.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from amapo_loss import _checks
 from amapo_loss.logps._linear_head import gather_rows, linear_logps
 from amapo_loss.logps._logits import logits_logps
 from amapo_loss.logps._online_lse import LogitTransform
+from amapo_loss.logps._packing import Packing
+from amapo_loss.logps._vocab_parallel import Split, local_shard, replicated
 
 
+@overload
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
@@ -21,28 +27,70 @@ def sequence_logps(
     ignore_index: int = -100,
     average: bool = True,
     shift: bool = True,
-) -> Tensor:
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return the log-prob of each sequence of labels, $\frac{1}{|y|} \sum_t \log \mathrm{softmax}(x_t)_{y_t}$.
 
     The only new tensor of the size of the logits is their gradient, in their dtype, in the backward pass.
 
+    Each row is a sequence. If the rows are packed, `cu_seqlens` or `position_ids` says where sequences start. No label
+    is then predicted from the sequence before it.
+
     Args:
         logits: [N, T, V] unnormalized log-probabilities, any floating dtype and any strides. They are computed in
-            float32, or in float64 if they are float64.
+            float32, or in float64 if they are float64. A DTensor that is sharded on V is never gathered. Only three
+            numbers per token and rank are (four with the entropy).
         labels: [N, T] int64 token ids on the device of `logits`.
         ignore_index: the label of positions that do not count, which are the prompt and the padding.
         average: divide the sum by the number of counted tokens, as AMaPO and SimPO do. `False` returns the sums that
             DPO takes.
         shift: the logits at position t predict the label at t + 1, as causal language models return them. `False`: they
             predict the label at t.
+        cu_seqlens: [S + 1] int32 or int64, for packed rows: sequence s has the positions `cu_seqlens[s]` to
+            `cu_seqlens[s + 1]` of the N * T positions, as in FlashAttention. Positions behind the last offset count for
+            no sequence.
+        position_ids: [N, T] int32 or int64, for packed rows, in place of `cu_seqlens`: a sequence starts at the start
+            of each row, and wherever a number is not one more than the number before it. One-token sequences at the end
+            of a row whose label is `ignore_index` are padding. This waits for a GPU once, to count the sequences.
+        return_entropy: also return the entropy of the distributions that predict the counted tokens, summed or averaged
+            like the log-probs. It comes from the same pass and has no gradient.
 
     Returns:
-        [N] log-probs in nats, float32 (float64 for float64 logits). A sequence without a counted token gives 0, with
-        gradient 0.
+        [N] log-probs in nats, float32 (float64 for float64 logits), or [S] for packed rows. A sequence without a
+        counted token gives 0, with gradient 0. With `return_entropy`, a tuple of them and of as many entropies in nats.
 
     Raises:
-        TypeError: if `logits` is not a floating tensor or `labels` not an int64 tensor; if one of them is a DTensor.
-        ValueError: if their shapes or devices do not match.
+        TypeError: if `logits` is not a floating tensor or `labels` not an int64 tensor; if `labels` is a DTensor; if
+            `cu_seqlens` or `position_ids` is not an integer tensor.
+        ValueError: if shapes or devices do not match; if both `cu_seqlens` and `position_ids` are given; on a CPU, if
+            `cu_seqlens` does not begin with 0, decreases or exceeds N * T (on a GPU, PyTorch's device-side assertion
+            fails); if logits that are a DTensor are not sharded on V alone, or the ranks of its mesh have different
+            labels.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
 
@@ -53,16 +101,27 @@ def sequence_logps(
         tensor([-1.3863])
         >>> sequence_logps(logits, torch.tensor([[-100, 2, 3]]), average=False)
         tensor([-2.7726])
+        >>> packed = torch.tensor([[0, 1, 2, 3, 0, 1]])  # two sequences, with 3 and 1 predicted tokens
+        >>> sequence_logps(torch.zeros(1, 6, 4), packed, position_ids=packed, average=False)
+        tensor([-4.1589, -1.3863])
 
     Source: arXiv 2405.14734, equation 3.
     """
     _checks.floating_tensor("logits", logits)
     _check_labels("logits", logits, "V", labels)
-    if shift:
-        labels = _shift_labels(labels, ignore_index)
-    return _reduce_tokens(logits_logps(logits, labels, ignore_index), labels != ignore_index, average)
+    logits, group_name = local_shard(
+        "logits", logits, 2, None, "logits.to_local() if each rank has sequences of its own"
+    )
+    packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
+    labels = _predicted_labels(labels, ignore_index, packing, shift)
+    logps, entropies = logits_logps(logits, labels, ignore_index, group_name, return_entropy)
+    counted = labels != ignore_index
+    if return_entropy:
+        return tuple(_reduce_tokens(x, counted, packing, average) for x in (logps, entropies))  # type: ignore[return-value]
+    return _reduce_tokens(logps, counted, packing, average)
 
 
+@overload
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -72,34 +131,78 @@ def linear_sequence_logps(
     ignore_index: int = -100,
     average: bool = True,
     shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
     keep_bytes: int = 0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
-) -> Tensor:
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    average: bool = True,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return `sequence_logps` of the logits `hidden @ weight.T + bias`, without ever holding these logits.
 
     Only positions that count meet the head. They are gathered first, which waits for a GPU once, to learn how many
     there are. Everything else is as in `linear_token_logps`.
 
     Args:
-        hidden: [N, T, H] the last hidden states, which are the input of the language-model head.
-        weight: [V, H] weight of the head.
+        hidden: [N, T, H] the last hidden states, which are the input of the language-model head. As in
+            `linear_token_logps`, it may be a DTensor that is sharded on its tokens.
+        weight: [V, H] weight of the head. See `linear_token_logps` for a vocabulary that is split over ranks.
         labels: [N, T] int64 token ids.
         bias: [V] bias of the head, if it has one.
         ignore_index: the label of positions that do not count, which are the prompt and the padding.
         average: divide the sum by the number of counted tokens, as AMaPO and SimPO do. `False` returns the sums that
             DPO takes.
         shift: the hidden states at position t predict the label at t + 1. `False`: they predict the label at t.
+        cu_seqlens: see `sequence_logps`.
+        position_ids: see `sequence_logps`.
         keep_bytes: see `linear_token_logps`.
         logit_scale: see `linear_token_logps`.
         final_logit_softcapping: see `linear_token_logps`.
+        vocab_group: see `linear_token_logps`.
+        return_entropy: see `sequence_logps`.
 
     Returns:
-        [N] log-probs in nats, float32 (float64 for float64 input). A sequence without a counted token gives 0, with
-        gradient 0.
+        [N] log-probs in nats, float32 (float64 for float64 input), or [S] for packed rows. A sequence without a counted
+        token gives 0, with gradient 0. With `return_entropy`, a tuple of them and of as many entropies in nats.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as `linear_token_logps` does.
+        TypeError, ValueError, IndexError, RuntimeError: as `linear_token_logps` and `sequence_logps` do.
 
     Example:
         >>> import torch
@@ -112,23 +215,24 @@ def linear_sequence_logps(
     """
     _checks.floating_tensor("hidden", hidden)
     _check_labels("hidden", hidden, "H", labels)
-    if shift:
-        labels = _shift_labels(labels, ignore_index)
+    hidden, weight, bias, split = _local_head(hidden, weight, bias, vocab_group)
+    packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
+    labels = _predicted_labels(labels, ignore_index, packing, shift)
     counted = labels != ignore_index
     index = counted.flatten().nonzero().squeeze(1)
-    token_logps = linear_token_logps(
-        gather_rows(hidden.flatten(0, 1), index),
-        weight,
-        labels.flatten().index_select(0, index),
-        bias,
-        keep_bytes=keep_bytes,
-        logit_scale=logit_scale,
-        final_logit_softcapping=final_logit_softcapping,
-    )
-    all_logps = token_logps.new_zeros(labels.numel()).index_copy(0, index, token_logps)
-    return _reduce_tokens(all_logps, counted, average)
+    hidden, targets = gather_rows(hidden.flatten(0, 1), index), labels.flatten().index_select(0, index)
+    transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
+    of_counted = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
+
+    def reduced(values: Tensor) -> Tensor:
+        all_values = values.new_zeros(labels.numel()).index_copy(0, index, values)
+        return _reduce_tokens(all_values, counted, packing, average)
+
+    logps, entropies = of_counted
+    return (reduced(logps), reduced(entropies)) if return_entropy else reduced(logps)
 
 
+@overload
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -138,7 +242,34 @@ def linear_token_logps(
     keep_bytes: int = 0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
-) -> Tensor:
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    keep_bytes: int = 0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return the log-prob of each target under a language-model head, $\log \mathrm{softmax}(f(W h_i + b))_{y_i}$.
 
     $$f(z) = c \tanh(s z / c) \text{ with } s = \mathtt{logit\_scale}, \; c = \mathtt{final\_logit\_softcapping};
@@ -156,10 +287,24 @@ def linear_token_logps(
     - 4 otherwise, since backward computes the tiles again. Nothing of size V x H is held but the weight's gradient.
     - 1 if no gradient is needed.
 
+    The vocabulary may be split over ranks that have the same tokens, as in tensor parallelism. Each rank then passes
+    its rows of the weight, and gets all log-probs. No rank holds the logits or the weight of another. The collectives
+    are, per call:
+
+    - an all-gather of three integers per rank, for which the host waits, to learn the sizes of the shards;
+    - all-gathers of three numbers per token and rank (four with the entropy): one, or one for each tile of a frozen
+      head;
+    - for the gradient of `hidden`, all-reduces of [n, H] in float32: one in the backward pass, or one for each tile of
+      a frozen head, n rows together, in the forward pass. None if `hidden` is a DTensor that is sharded on its tokens,
+      whose redistribution sends them.
+
     Args:
-        hidden: [n, H] hidden states, any floating dtype.
-        weight: [V, H] weight of the head, in the dtype of `hidden`. Under autocast, any floating dtype.
-        targets: [n] int64 token ids. All of them count.
+        hidden: [n, H] hidden states, any floating dtype. With a split vocabulary, all ranks have the same ones, or
+            `hidden` is a DTensor on the mesh of these ranks. If it is sharded on its tokens, as under sequence
+            parallelism, it is gathered here, and its gradient is reduced and scattered.
+        weight: [V, H] weight of the head, in the dtype of `hidden`. Under autocast, any floating dtype. A DTensor that
+            one dimension of its mesh shards on V is a split vocabulary. So is a plain tensor with `vocab_group`.
+        targets: [n] int64 token ids of the whole vocabulary. All of them count.
         bias: [V] bias of the head, in the dtype of `weight`, if the head has one.
         keep_bytes: memory in bytes that a head with gradients may hold from forward to backward. Tiles that fit into it
             are not computed again, so that they cost 3 products. About V x n elements of the dtype of the products
@@ -168,17 +313,25 @@ def linear_token_logps(
             `logits_scaling` of Granite).
         final_logit_softcapping: $c$, the bound at which the model caps its logits (Gemma), or None. The scale comes
             first.
+        vocab_group: the ranks over which the vocabulary is split. `weight` and `bias` are then the rows of this rank,
+            [V_r, H] and [V_r], in the order of the ranks. The ranks may have different numbers of rows.
+        return_entropy: also return the entropy of each token's distribution. It comes from the same pass and has no
+            gradient.
 
     Returns:
-        [n] log-probs in nats, float32 (float64 for float64 input).
+        [n] log-probs in nats, float32 (float64 for float64 input). With `return_entropy`, a tuple of them and of the
+        entropies [n] in nats.
 
     Raises:
-        TypeError: if `hidden`, `weight` or `bias` is not a floating tensor; if `targets` is not an int64 tensor; if one
-            of them is a DTensor; if one of the other arguments is not a number.
+        TypeError: if `hidden`, `weight` or `bias` is not a floating tensor; if `targets` is not an int64 tensor, or is
+            a DTensor; if `hidden` is a DTensor and the vocabulary is not split; if `vocab_group` is not a group that
+            contains this rank; if one of the other arguments is not a number.
         ValueError: if shapes, dtypes or devices do not match; if `weight` or `bias` is empty, as under DeepSpeed
-            ZeRO-3; if `keep_bytes` is negative; if the softcap is not above 0.
+            ZeRO-3; if a DTensor has other placements than above, or if `vocab_group` is given in addition; if the ranks
+            of a split vocabulary have different targets; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative.
+        RuntimeError: in the backward pass, for a second derivative. If another rank of the split vocabulary does not
+            take part before the timeout of the group.
 
     Example:
         >>> import torch
@@ -191,13 +344,10 @@ def linear_token_logps(
 
     Source: cross-entropy of a language model; the method is this library's own, see `docs/logps.md`.
     """
-    _check_head(hidden, weight, targets, bias)
-    _checks.integer("keep_bytes", keep_bytes, at_least=0)
-    _checks.number("logit_scale", logit_scale)
-    if final_logit_softcapping is not None:
-        _checks.number("final_logit_softcapping", final_logit_softcapping, above=0)
-    transform = LogitTransform(bias, logit_scale, final_logit_softcapping)
-    return linear_logps(hidden, weight, targets, transform, keep_bytes)
+    hidden, weight, bias, split = _local_head(hidden, weight, bias, vocab_group)
+    transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
+    logps, entropies = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
+    return (logps, entropies) if return_entropy else logps
 
 
 def _shift_labels(
@@ -208,14 +358,50 @@ def _shift_labels(
     return F.pad(labels[:, 1:], (0, labels.shape[1] and 1), value=ignore_index)
 
 
+def _predicted_labels(
+    labels: Tensor,  # [N, T]
+    ignore_index: int,
+    packing: Packing | None,
+    shift: bool,
+) -> Tensor:
+    """Return the label [N, T] that each position predicts."""
+    if packing is not None:
+        labels = packing.mask_labels(labels, ignore_index, shift)
+    return _shift_labels(labels, ignore_index) if shift else labels
+
+
 def _reduce_tokens(
-    token_logps: Tensor,  # [N * T], 0 where a token does not count
+    values: Tensor,  # [N * T], 0 where a token does not count
     counted: Tensor,  # [N, T]
+    packing: Packing | None,
     average: bool,
 ) -> Tensor:
-    """Return the sums or the averages [N] over the counted tokens of each sequence."""
-    sums = token_logps.view_as(counted).sum(1)
-    return sums / counted.sum(1).clamp(min=1) if average else sums
+    """Return the sums or the averages over the counted tokens of each sequence, [N], or [S] for packed rows."""
+    if packing is None:
+        sums, counts = values.view_as(counted).sum(1), counted.sum(1)
+    else:
+        sums, counts = packing.sums(values), packing.sums(counted.flatten())
+    return sums / counts.clamp(min=1) if average else sums
+
+
+def _local_head(
+    hidden: Tensor,  # [n, H] or [N, T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    vocab_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Split]:
+    """Return the hidden states of all tokens, this rank's rows of the weight and the bias, and the split."""
+    _checks.floating_tensor("hidden", hidden)
+    _checks.floating_tensor("weight", weight)
+    advice = "call this inside the forward of the module that holds it, where FSDP2 has gathered it"
+    weight, group_name = local_shard("weight", weight, 0, vocab_group, advice)
+    if bias is not None:
+        _checks.floating_tensor("bias", bias)
+        bias, bias_group = local_shard("bias", bias, 0, vocab_group, advice)
+        if bias_group != group_name:
+            raise ValueError("bias must be split over ranks as weight is, got one of them split in another way")
+    hidden, split = replicated("hidden", hidden, group_name)
+    return hidden, weight, bias, split
 
 
 def _check_labels(
@@ -225,7 +411,6 @@ def _check_labels(
     labels: Tensor,  # [N, T]
 ) -> None:
     _checks.token_ids("labels", labels)
-    _checks.plain_activation(name, states)
     _checks.plain_activation("labels", labels)
     if states.ndim != 3 or labels.shape != states.shape[:2]:
         raise ValueError(
@@ -236,20 +421,36 @@ def _check_labels(
         raise ValueError(f"labels is on {labels.device}, expected the device of {name}, {states.device}")
 
 
+def _checked_transform(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    keep_bytes: int,
+    logit_scale: float,
+    final_logit_softcapping: float | None,
+) -> LogitTransform:
+    """Check the arguments of a head without DTensors, and return how its logits follow from products."""
+    _check_head(hidden, weight, targets, bias)
+    _checks.integer("keep_bytes", keep_bytes, at_least=0)
+    _checks.number("logit_scale", logit_scale)
+    if final_logit_softcapping is not None:
+        _checks.number("final_logit_softcapping", final_logit_softcapping, above=0)
+    return LogitTransform(bias, logit_scale, final_logit_softcapping)
+
+
 def _check_head(
     hidden: Tensor,  # [n, H]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [n]
     bias: Tensor | None,  # [V]
 ) -> None:
-    _checks.floating_tensor("hidden", hidden)
     _checks.token_ids("targets", targets)
-    _checks.plain_activation("hidden", hidden)
     _checks.plain_activation("targets", targets)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, parameter in parameters.items():
-        _checks.floating_tensor(name, parameter)
-        _checks.plain_parameter(name, parameter)
+        if name == "weight" or len(weight):  # a rank may have no row of a split vocabulary
+            _checks.gathered_parameter(name, parameter)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"

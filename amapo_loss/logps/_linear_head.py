@@ -15,8 +15,13 @@ Without gradients, the cost is 1 product.
 
 Products and sums of products are float32, or float64 for float64 inputs. If each tile's product were rounded to
 bfloat16, the rounding errors would bias training, although the error of a single step is not larger. Each algorithm is
-a PyTorch operator, which torch.compile does not look into, with an autograd function around it. Depends on torch, the
-argument checks and `amapo_loss.logps._online_lse`.
+a PyTorch operator, which torch.compile does not look into, with an autograd function around it.
+
+A vocabulary may be split over ranks. Each rank then has rows of the weight, and computes the tiles of its columns. A
+frozen head merges the ranks' log-sum-exp tile by tile, before it computes the gradient of a tile, so that the gradient
+of each token is rounded once, from a float32 sum over all ranks. A trainable head merges them once.
+
+Depends on torch, the argument checks, `amapo_loss.logps._online_lse` and `amapo_loss.logps._vocab_parallel`.
 """
 
 from functools import partial
@@ -30,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
+from amapo_loss.logps._vocab_parallel import Split, merge_ranks, sum_ranks, vocab_shard
 
 # Forward multiplies tiles by this number before it rounds them to float16. Entries below 3e-8 would become 0 otherwise,
 # and a large vocabulary has many of them. A loss scale cannot prevent that, because it comes with backward. The entries
@@ -42,28 +48,32 @@ def linear_logps(
     weight: Tensor,  # [V, H]
     target_ids: Tensor,  # [n]
     transform: LogitTransform,
+    split: Split,
     keep_bytes: int,
-) -> Tensor:
-    """Return the log-probs [n] of `amapo_loss.linear_token_logps`, which has checked the arguments."""
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [n] and entropies [n] of `amapo_loss.linear_token_logps`, which has checked the arguments.
+
+    Without `with_entropy`, the entropies are [0].
+    """
     device, gemm_dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and gemm_dtype != torch.float64:
         gemm_dtype = torch.get_autocast_dtype(device)
     bias = transform.bias
-    arguments = (hidden, weight, target_ids, bias, gemm_dtype, transform.scale, transform.softcap)
+    arguments = (hidden, weight, target_ids, bias, gemm_dtype, transform.scale, transform.softcap, *split, with_entropy)
     # Decide here which gradients are wanted. Inside the forward of an autograd function, grad mode is always off, and
     # ctx.needs_input_grad ignores no_grad.
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (trainable or hidden.requires_grad):
-        target_logit, max_rest, sum_rest, *_ = _head_statistics(*arguments, 0)
-        return _online_lse.token_logps(target_logit, max_rest, sum_rest)
+        entropy, target_logit, max_rest, sum_rest, *_ = _head_statistics(*arguments, 0)
+        return _online_lse.token_logps(target_logit, max_rest, sum_rest), entropy
     # The weight is used as it is only if it has the dtype of the products, and this device multiplies in that dtype.
     needs_conversion = weight.dtype != gemm_dtype or _to_gemm_dtype(hidden[:0], gemm_dtype).dtype != gemm_dtype
     if trainable or needs_conversion:
-        outputs = _TrainableHead.apply(*arguments, keep_bytes)
+        logps, entropy, *_ = _TrainableHead.apply(*arguments, keep_bytes)
     else:
-        outputs = _FrozenHead.apply(*arguments)
-    logps: Tensor = outputs[0]
-    return logps
+        logps, entropy, *_ = _FrozenHead.apply(*arguments)
+    return logps, entropy
 
 
 def gather_rows(
@@ -87,18 +97,22 @@ def _frozen_head(
     gemm_dtype: torch.dtype,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probs [n], factors [n] and directions [n, H].
+    group_name: str,
+    sum_grad_hidden: bool,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the log-probs [n], entropies [n] or [0], factors [n] and directions [n, H].
 
     The gradient of a log-prob with respect to its hidden state is factor * direction. The factor is proportional to
     1 - p_y. In float16, the product would underflow for tokens with p_y near 1, because the loss scale comes only with
     backward. The direction is a difference of rows of the weight, and about as large as they are.
     """
-    _online_lse.check_target_ids(target_ids, len(weight))
+    shard = vocab_shard(len(weight), target_ids, group_name)
+    _online_lse.check_target_ids(target_ids, shard.vocab_size)
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
-    block_n = _online_lse.block_length(len(hidden), len(weight), hidden.device)
-    state = OnlineLSE.start(target_ids, acc_dtype)
+    block_n = _online_lse.block_length(len(hidden), shard.largest, hidden.device)
+    state = OnlineLSE.start(shard.localize(target_ids), acc_dtype, with_entropy)
     direction = torch.empty_like(hidden)
     tile = _online_lse.empty_tile(x, (block_n, len(weight)), acc_dtype)
     rounding_scale = _rounding_scale(x.dtype)
@@ -107,39 +121,36 @@ def _frozen_head(
         z = _mm_out(tile[: block.stop - block.start], x[block], weight.t())
         z = _online_lse.transform_unless_triton(z, transform)
         _online_lse.update(block_state, z, 0, transform)
+        merge_ranks(block_state, group_name)
         grad_z = _reinterpret_dtype(z, x.dtype)
         constant = torch.full_like(block_state.sum_rest, rounding_scale)
         coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
         product = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
+        sum_ranks(product, Split(group_name, sum_grad_hidden))
         torch.div(product, rounding_scale, out=direction[block])
-    return _online_lse.token_logps(*state[1:]), _online_lse.gradient_factor(state, transform), direction
+    logps, factor = _online_lse.token_logps(*state[1:4]), _online_lse.gradient_factor(state, transform)
+    return logps, _online_lse.entropies(state), factor, direction
 
 
 @_frozen_head.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    empty = partial(hidden.new_empty, hidden.shape[0], dtype=accumulation_dtype(hidden))
-    return empty(), empty(), torch.empty_like(hidden)
+def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_entropy = arguments[-1]
+    empty = partial(hidden.new_empty, dtype=accumulation_dtype(hidden))
+    n = hidden.shape[0]
+    return empty(n), empty(n if with_entropy else 0), empty(n), torch.empty_like(hidden)
 
 
 class _FrozenHead(torch.autograd.Function):
     """Saves the factors and directions of the gradients, and neither the hidden states nor the weight."""
 
     @staticmethod
-    def forward(
-        hidden: Tensor,  # [n, H]
-        weight: Tensor,  # [V, H]
-        target_ids: Tensor,  # [n]
-        bias: Tensor | None,  # [V]
-        gemm_dtype: torch.dtype,
-        scale: float,
-        softcap: float | None,
-    ) -> Any:
-        return _frozen_head(hidden, weight, target_ids, bias, gemm_dtype, scale, softcap)
+    def forward(*inputs: Any) -> Any:
+        return _frozen_head(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[2:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -147,12 +158,12 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 10
         factor, direction = ctx.saved_tensors
         # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
         # backward pass through the same graph needs `direction` again.
         grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
-        return grad_hidden, *(None,) * 6
+        return grad_hidden, *(None,) * 9
 
 
 # A trainable head.
@@ -167,18 +178,25 @@ def _head_statistics(
     gemm_dtype: torch.dtype,
     scale: float,
     softcap: float | None,
+    group_name: str,
+    sum_grad_hidden: bool,
+    with_entropy: bool,
     keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return target_logit, max_rest and sum_rest [n], cached tiles [k, n, block_v] and their offsets [k, n].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the entropies [n] or [0], and all that backward needs.
+
+    These are target_logit, max_rest and sum_rest [n], the local target ids [n], cached tiles [k, n, block_v] and their
+    offsets [k, n].
 
     The first k tiles are cached for backward, as exp(z_j - offset) times the derivative of the softcap, and times
     `_rounding_scale`.
     """
-    _online_lse.check_target_ids(target_ids, len(weight))
+    shard = vocab_shard(len(weight), target_ids, group_name)
+    _online_lse.check_target_ids(target_ids, shard.vocab_size)
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
     block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
-    state = OnlineLSE.start(target_ids, acc_dtype)
+    state = OnlineLSE.start(shard.localize(target_ids), acc_dtype, with_entropy)
     cached_tiles, cache_offsets = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
     scales = torch.full_like(state.sum_rest, _rounding_scale(cached_tiles.dtype))
     tile = _online_lse.empty_tile(x, (len(x), block_v), acc_dtype)
@@ -195,7 +213,9 @@ def _head_statistics(
             cached_tile = cached_tiles[k, :, : z.shape[1]]
             coefficients = (-scales, torch.zeros_like(scales))
             _online_lse.write_gradient(cached_tile, z, tile_state, block.start, block_transform, coefficients)
-    return *state[1:], cached_tiles, cache_offsets
+    merge_ranks(state, group_name)
+    local_ids, target_logit, max_rest, sum_rest, _ = state
+    return _online_lse.entropies(state), target_logit, max_rest, sum_rest, local_ids, cached_tiles, cache_offsets
 
 
 @_head_statistics.register_fake
@@ -207,10 +227,15 @@ def _(
     gemm_dtype: torch.dtype,
     scale: float,
     softcap: float | None,
+    group_name: str,
+    sum_grad_hidden: bool,
+    with_entropy: bool,
     keep_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    empty = partial(hidden.new_empty, hidden.shape[0], dtype=accumulation_dtype(hidden))
-    return empty(), empty(), empty(), *_allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    empty = partial(hidden.new_empty, dtype=accumulation_dtype(hidden))
+    n = hidden.shape[0]
+    cache = _allocate_cache(hidden, weight, gemm_dtype, keep_bytes)
+    return empty(n if with_entropy else 0), empty(n), empty(n), empty(n), torch.empty_like(target_ids), *cache
 
 
 @torch.library.custom_op("amapo_loss::head_gradients", mutates_args=())
@@ -218,14 +243,16 @@ def _head_gradients(
     grad_output: Tensor,  # [n]
     hidden: Tensor,  # [n, H]
     weight: Tensor,  # [V, H]
-    target_ids: Tensor,  # [n]
     bias: Tensor | None,  # [V]
     gemm_dtype: torch.dtype,
     scale: float,
     softcap: float | None,
+    group_name: str,
+    sum_grad_hidden: bool,
     target_logit: Tensor,  # [n]
     max_rest: Tensor,  # [n]
     sum_rest: Tensor,  # [n]
+    local_ids: Tensor,  # [n]
     cached_tiles: Tensor,  # [k, n, block_v]
     cache_offsets: Tensor,  # [k, n]
     needs_hidden: bool,
@@ -236,7 +263,7 @@ def _head_gradients(
     x, transform = _to_gemm_dtype(hidden, gemm_dtype), LogitTransform(bias, scale, softcap)
     acc_dtype = accumulation_dtype(x)
     block_v = _online_lse.block_length(len(weight), len(hidden), hidden.device)
-    state = OnlineLSE(target_ids, target_logit, max_rest, sum_rest)
+    state = OnlineLSE(local_ids, target_logit, max_rest, sum_rest)
     factor = _online_lse.gradient_factor(state, transform) * grad_output
     a, b = _online_lse.gradient_coefficients(factor, state, transform)
     grad_hidden, grad_weight, grad_bias = _allocate_gradients(
@@ -262,6 +289,8 @@ def _head_gradients(
             grad_weight[block] = _mm_out(x.new_empty(w.shape, dtype=acc_dtype), grad_z.t(), x)
         if needs_bias:
             grad_bias[block] = grad_z.sum(0, dtype=acc_dtype)
+    if needs_hidden:
+        sum_ranks(grad_x, Split(group_name, sum_grad_hidden))
     return grad_hidden.copy_(grad_x), grad_weight, grad_bias
 
 
@@ -270,7 +299,6 @@ def _(
     grad_output: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    target_ids: Tensor,
     bias: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,24 +310,16 @@ class _TrainableHead(torch.autograd.Function):
     """Saves the hidden states, three numbers per token, and the cached tiles."""
 
     @staticmethod
-    def forward(
-        hidden: Tensor,  # [n, H]
-        weight: Tensor,  # [V, H]
-        target_ids: Tensor,  # [n]
-        bias: Tensor | None,  # [V]
-        gemm_dtype: torch.dtype,
-        scale: float,
-        softcap: float | None,
-        keep_bytes: int,
-    ) -> Any:
-        statistics = _head_statistics(hidden, weight, target_ids, bias, gemm_dtype, scale, softcap, keep_bytes)
-        target_logit, max_rest, sum_rest, *_ = statistics
-        return _online_lse.token_logps(target_logit, max_rest, sum_rest), *statistics
+    def forward(*inputs: Any) -> Any:
+        entropy, *saved = _head_statistics(*inputs)
+        target_logit, max_rest, sum_rest, *_ = saved
+        return _online_lse.token_logps(target_logit, max_rest, sum_rest), entropy, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4], *output[1:])
-        ctx.options = inputs[4:7]
+        hidden, weight, _, bias, *options = inputs
+        ctx.save_for_backward(hidden, weight, bias, *output[2:])
+        ctx.options = options[:5]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -307,12 +327,12 @@ class _TrainableHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
-            return (None,) * 8
-        hidden, weight, target_ids, bias, *saved = ctx.saved_tensors
+            return (None,) * 11
+        hidden, weight, bias, *saved = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = _head_gradients(grad_output, hidden, weight, target_ids, bias, *ctx.options, *saved, *needed)
+        gradients = _head_gradients(grad_output, hidden, weight, bias, *ctx.options, *saved, *needed)
         grad_hidden, grad_weight, grad_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
-        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
+        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 7
 
 
 def _allocate_cache(

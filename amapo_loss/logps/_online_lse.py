@@ -9,8 +9,13 @@ rest, its maximum $m = \max_{j \ne y} z_j$ and its sum $S = \sum_{j \ne y} \exp(
 
 Most tokens have p_y near 1 after training. A sum over the rest keeps the digits of 1 - p_y there, and subtracting p_y
 from 1 would lose them. The maximum and the sum stay apart, because the log-sum-exp m + log S would be rounded to the
-digits of m: logits near 10,000 would have log-probs with an error of 5e-4. On a GPU, `amapo_loss.kernels.online_lse`
-does the same in one pass over a tile. Depends only on torch and the kernels.
+digits of m: logits near 10,000 would have log-probs with an error of 5e-4.
+
+The entropy needs a fourth number, $D = \sum_{j \ne y} \exp(z_j - m) (z_j - m)$. With the entropy h(p) of a coin,
+
+    -sum_j p_j log p_j = h(p_y) + (1 - p_y) (log S - D / S)
+
+On a GPU, `amapo_loss.kernels.online_lse` does the same in one pass over a tile. Depends only on torch and the kernels.
 
 A tile z is [n, v]: the columns first_column, first_column + 1, ... of n rows. Callers fill it with matrix products and
 pass it through `transform_unless_triton`, which turns the products into logits. Where Triton processes the tile, that
@@ -41,9 +46,10 @@ class OnlineLSE(NamedTuple):
     target_logit: Tensor  # [n] z_y, or 0 as long as the column y has not been seen
     max_rest: Tensor  # [n] m over the columns seen so far
     sum_rest: Tensor  # [n] S over the columns seen so far: 0 if they are all -inf, and in [1, V) otherwise
+    deviation_rest: Tensor | None = None  # [n] D over the columns seen so far; None if no entropy is wanted
 
     @classmethod
-    def start(cls, target_ids: Tensor, dtype: torch.dtype) -> "OnlineLSE":
+    def start(cls, target_ids: Tensor, dtype: torch.dtype, with_entropy: bool = False) -> "OnlineLSE":
         """Return the state before the first column. It gives log-prob 0 and gradient 0.
 
         Rows with the target -1 must stay in this state: the kernels skip them, and on a CPU the caller leaves them out.
@@ -54,11 +60,18 @@ class OnlineLSE(NamedTuple):
             torch.zeros_like(target_ids, dtype=dtype),
             torch.full_like(target_ids, lowest, dtype=dtype),
             torch.zeros_like(target_ids, dtype=dtype),
+            torch.zeros_like(target_ids, dtype=dtype) if with_entropy else None,
         )
 
     def select(self, rows: slice | Tensor) -> "OnlineLSE":
         """Return the state of some rows. With a slice it shares memory with this one."""
-        return OnlineLSE(*(x[rows] for x in self))
+        target_ids, target_logit, max_rest, sum_rest, deviation_rest = self
+        deviations = None if deviation_rest is None else deviation_rest[rows]
+        return OnlineLSE(target_ids[rows], target_logit[rows], max_rest[rows], sum_rest[rows], deviations)
+
+    def numbers(self) -> list[Tensor]:
+        """Return the numbers [n] of each row that change from tile to tile: three, or four with the entropy."""
+        return [x for x in self[1:] if x is not None]
 
 
 class LogitTransform(NamedTuple):
@@ -86,9 +99,21 @@ def token_logps(
     return F.logsigmoid(_log_odds(target_logit, max_rest, sum_rest))
 
 
+def entropies(state: OnlineLSE) -> Tensor:
+    """Return the entropy of each row's distribution [n] in nats; [0] if none is wanted."""
+    _, target_logit, max_rest, sum_rest, deviation_rest = state
+    if deviation_rest is None:
+        return sum_rest.new_empty(0)
+    # Beyond 700, the smaller probability is 0 in every dtype. Clamping keeps 0 * log 0 from being NaN.
+    log_odds = _log_odds(target_logit, max_rest, sum_rest).clamp(-700, 700)
+    entropy_of_rest = sum_rest.clamp(min=1).log() - deviation_rest / sum_rest.clamp(min=1)
+    p, rest = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+    return rest * (entropy_of_rest - F.logsigmoid(-log_odds)) - p * F.logsigmoid(log_odds)
+
+
 def gradient_factor(state: OnlineLSE, transform: LogitTransform) -> Tensor:
     """Return the factor [n] that all entries of a row's gradient have in common: (1 - p_y) * scale."""
-    return torch.sigmoid(-_log_odds(*state[1:])) * transform.scale
+    return torch.sigmoid(-_log_odds(*state[1:4])) * transform.scale
 
 
 def gradient_coefficients(
@@ -150,6 +175,8 @@ def update(
     transform: LogitTransform,
 ) -> None:
     """Add the columns of a tile to the state, in place."""
+    if not z.numel():
+        return
     if uses_triton(z):
         from amapo_loss.kernels import online_lse
 
@@ -160,11 +187,33 @@ def update(
     state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
     z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
     for block in blocks(len(z), CPU_LSE_ROWS):
-        max_rest, sum_rest = state.max_rest[block], state.sum_rest[block]
+        _, _, max_rest, sum_rest, deviation_rest = state.select(block)
         new_max = torch.maximum(max_rest, z[block].amax(1))
-        sum_of_tile = (z[block] - new_max.unsqueeze(1)).exp_().sum(1)
-        sum_rest.mul_(torch.exp(max_rest - new_max)).add_(sum_of_tile)
+        deviations = z[block] - new_max.unsqueeze(1)
+        step = max_rest - new_max
+        if deviation_rest is not None:
+            exp = deviations.exp()
+            deviations.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
+            deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * deviations).sum(1))
+        else:
+            exp = deviations.exp_()
+        sum_rest.mul_(step.exp()).add_(exp.sum(1))
         max_rest.copy_(new_max)
+
+
+def merge(
+    parts: Tensor,  # [k, 3, n] or [k, 4, n], the numbers of k states with different columns of the same rows
+    state: OnlineLSE,
+) -> None:
+    """Write the state after the columns of all parts to `state`. It may be one of them."""
+    target_logits, maxima, sums, *deviations = parts.unbind(1)
+    max_rest = maxima.amax(0)
+    steps = maxima - max_rest
+    if state.deviation_rest is not None:
+        state.deviation_rest.copy_(_moved(deviations[0], sums, steps).sum(0))
+    state.target_logit.copy_(target_logits.sum(0))  # 0 in all parts but the target's
+    state.sum_rest.copy_((sums * steps.exp()).sum(0))
+    state.max_rest.copy_(max_rest)
 
 
 def write_gradient(
@@ -181,10 +230,14 @@ def write_gradient(
     With the coefficients (-1, 0) the result is exp(z_j - m) slope_j, from which every gradient of the row follows by
     scaling. With `z_is_exp`, z already holds exp(z_j - m) slope_j.
     """
+    if not z.numel():
+        return
     if uses_triton(z):
         from amapo_loss.kernels import online_lse
 
-        online_lse.write_gradient(out, z, *state, first_column, *transform, *coefficients, z_is_exp)
+        online_lse.write_gradient(
+            out, z, state.target_ids, state.max_rest, first_column, *transform, *coefficients, z_is_exp
+        )
         return
     a, b = coefficients
     in_tile, column = _target_columns(state.target_ids, z, first_column)
@@ -207,6 +260,12 @@ def _log_odds(
 ) -> Tensor:
     """Return the log-odds [n] of the target. A logit of infinity gives NaN, because its softmax is undefined."""
     return ((target_logit - max_rest) - sum_rest.log()).masked_fill(target_logit == inf, nan)
+
+
+def _moved(deviation_rest: Tensor, sum_rest: Tensor, step: Tensor) -> Tensor:
+    """Return D after m has grown by -step. Where exp(step) is 0, the step may be -inf."""
+    exp = step.exp()
+    return torch.where(exp > 0, (deviation_rest + sum_rest * step) * exp, 0)
 
 
 def _target_columns(

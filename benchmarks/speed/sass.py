@@ -29,6 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from amapo_loss.kernels import online_lse, pair_loss
+from amapo_loss.logps._online_lse import OnlineLSE
 from benchmarks.record import write_json
 
 run = JITFunction.run
@@ -134,7 +135,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def compile_online_lse() -> None:
     """Launch the kernels of `online_lse` as the linear head does, and then as `sequence_logps` does."""
-    state = [empty(64, dtype=torch.int64), empty(64), empty(64), empty(64)]  # the fields of OnlineLSE
+    state = OnlineLSE(empty(64, dtype=torch.int64), empty(64), empty(64), empty(64))
+    rows = (state.target_ids, state.max_rest)
     coefficients = [empty(64), empty(64)]
 
     # The linear head: tiles of float32 matrix products, and gradients in bfloat16.
@@ -144,17 +146,18 @@ def compile_online_lse() -> None:
         (empty(5000, dtype=torch.bfloat16), 0.5, 30.0),
     ):
         online_lse.update(*state, z, 4096, *transform)
+        online_lse.update(*state._replace(deviation_rest=empty(64)), z, 4096, *transform)  # with the entropy
         grad_z = z.view(torch.bfloat16)[:, :5000]  # in the memory of z
-        online_lse.write_gradient(grad_z, z, *state, 4096, *transform, *coefficients, False)
+        online_lse.write_gradient(grad_z, z, *rows, 4096, *transform, *coefficients, False)
         cached_tile = z.to(torch.bfloat16)
-        online_lse.write_gradient(grad_z, cached_tile, *state, 4096, *transform, *coefficients, True)
+        online_lse.write_gradient(grad_z, cached_tile, *rows, 4096, *transform, *coefficients, True)
 
     # `sequence_logps`: logits of every dtype, with strides over sequences and positions.
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         logits = empty(4, 20, 5001, dtype=dtype)[:, 2:18]
         online_lse.update(*state, logits, 0, None, 1.0, None)
         grad_logits = torch.empty_like(logits)
-        online_lse.write_gradient(grad_logits, logits, *state, 0, None, 1.0, None, *coefficients, False)
+        online_lse.write_gradient(grad_logits, logits, *rows, 0, None, 1.0, None, *coefficients, False)
 
 
 def compile_pair_loss() -> None:

@@ -82,7 +82,8 @@ def logps_from_hidden_states(
 ) -> Tensor:
     """Return the log-probs [4] by `linear_sequence_logps`."""
     output = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return linear_sequence_logps(output.last_hidden_state, weight, batch["labels"], **options)
+    logps: Tensor = linear_sequence_logps(output.last_hidden_state, weight, batch["labels"], **options)
+    return logps
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10**6])

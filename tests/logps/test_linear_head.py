@@ -26,7 +26,6 @@ from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, needs_gpu, no_synchronization, on_gpu, tiled
 from tests.support.generators import examples
 from tests.support.logps import IGNORE_INDEX, reference_logps, relative_error
-from tests.support.ranks import on_ranks
 
 # Each string names the tensors that require a gradient. `random_head` makes a bias only if the string names it.
 WITH_GRADIENTS = ["hidden", "hidden weight", "weight", "hidden bias", "bias", "hidden weight bias"]
@@ -66,7 +65,7 @@ class Head(NamedTuple):
 
     def sequence_logps(self, labels: Tensor, **options: Any) -> Tensor:
         """Return the result of the function under test."""
-        return linear_sequence_logps(
+        logps: Tensor = linear_sequence_logps(
             self.hidden,
             self.weight,
             labels,
@@ -75,6 +74,7 @@ class Head(NamedTuple):
             final_logit_softcapping=self.softcap,
             **options,
         )
+        return logps
 
 
 def gradients(output: Tensor, head: Head, grad_output: Tensor) -> list[Tensor]:
@@ -702,13 +702,13 @@ def test_the_operators_pass_opcheck(with_bias: bool, softcap: float | None) -> N
     """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
     head = random_head(1, 6, 8, 30, "bias" if with_bias else "")
     bias = None if head.bias is None else head.bias.detach()
-    inputs = (head.hidden[0], head.weight, torch.arange(6), bias, torch.float64, 0.5, softcap)
+    inputs = (head.hidden[0], head.weight, torch.arange(6), bias, torch.float64, 0.5, softcap, "", True, True)
     grad_output = torch.randn(6, dtype=torch.float64)
     for keep_bytes in (0, 10**9):
-        statistics = torch.ops.amapo_loss.head_statistics(*inputs, keep_bytes)
+        _, *saved = torch.ops.amapo_loss.head_statistics(*inputs, keep_bytes)
         torch.library.opcheck(torch.ops.amapo_loss.head_statistics.default, (*inputs, keep_bytes))
         for needs_gradient in ((True, True, with_bias), (True, False, False), (False, True, False)):
-            arguments = (grad_output, *inputs, *statistics, *needs_gradient)
+            arguments = (grad_output, *inputs[:2], *inputs[3:-1], *saved, *needs_gradient)
             torch.library.opcheck(torch.ops.amapo_loss.head_gradients.default, arguments)
     torch.library.opcheck(torch.ops.amapo_loss.frozen_head.default, inputs)
 
@@ -743,38 +743,6 @@ def test_the_logits_are_never_held_in_memory() -> None:
             assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < logits_bytes / 8
 
 
-def messages_for_dtensors(rank: int, group: Any) -> dict[str, str]:
-    """Return the error message for each tensor that is a DTensor."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    head, labels = random_head(1, 4, 8, 30, "bias"), random_labels(1, 4, 30)
-    shard = partial(distribute_tensor, device_mesh=init_device_mesh("cpu", (1,)), placements=[Shard(0)])
-    hidden, weight, targets = head.hidden[0], head.weight, torch.arange(4)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "weight": lambda: linear_token_logps(hidden, shard(weight), targets),
-        "bias": lambda: linear_token_logps(hidden, weight, targets, shard(torch.zeros(30))),
-        "hidden": lambda: linear_token_logps(shard(hidden), weight, targets),
-        "targets": lambda: linear_token_logps(hidden, weight, shard(targets)),
-        "hidden of sequences": lambda: linear_sequence_logps(shard(head.hidden), weight, labels),
-        "labels": lambda: linear_sequence_logps(head.hidden, weight, shard(labels)),
-        "logits": lambda: sequence_logps(shard(head.logits().detach()), labels),
-    }
-    messages = {}
-    for name, call in calls.items():
-        with pytest.raises(TypeError) as raised:
-            call()
-        messages[name] = str(raised.value)
-    return messages
-
-
-def test_a_dtensor_raises() -> None:
-    (messages,) = on_ranks(1, messages_for_dtensors)
-    for name, message in messages.items():
-        argument = name.split()[0]
-        assert message.startswith(f"{argument} must be a plain tensor, got a DTensor: pass {argument}.full_tensor()")
-
-
 def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
     """Only a GPU computes them. The meta device checks the call of `torch.mm` without computing anything."""
     half, single = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
@@ -787,17 +755,18 @@ def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
 @pytest.mark.parametrize("v", [pytest.param(v, marks=on_gpu) for v in (5, 300, 20_000)])
 def test_a_gradient_in_the_memory_of_the_logits_is_the_same(v: int, dtype: torch.dtype) -> None:
     """A store must not hit what another thread has yet to load. On a GPU, a race would show only now and then."""
-    device, rows = ("cuda", 500) if GPU else ("cpu", 6)
-    products = torch.randn(rows, v + v % 2, device=device)
-    state = OnlineLSE.start(torch.arange(rows, device=device) % v, torch.float32)
-    coefficients = torch.rand(2, rows, device=device)
+    device, n = ("cuda", 500) if GPU else ("cpu", 6)
+    products = torch.randn(n, v + v % 2, device=device)
+    state = OnlineLSE.start(torch.arange(n, device=device) % v, torch.float32)
+    coefficients = torch.rand(2, n, device=device)
     online_lse.update(*state, products[:, :v], 0, None, 1.0, None)
-    out_of_place = torch.empty(rows, v, dtype=dtype, device=device)
-    online_lse.write_gradient(out_of_place, products[:, :v], *state, 0, None, 1.0, None, *coefficients, False)
+    rows = (state.target_ids, state.max_rest)
+    out_of_place = torch.empty(n, v, dtype=dtype, device=device)
+    online_lse.write_gradient(out_of_place, products[:, :v], *rows, 0, None, 1.0, None, *coefficients, False)
     for _ in range(100 if GPU else 1):
         z = products.clone()
         in_place = z.view(dtype)[:, :v]
-        online_lse.write_gradient(in_place, z[:, :v], *state, 0, None, 1.0, None, *coefficients, False)
+        online_lse.write_gradient(in_place, z[:, :v], *rows, 0, None, 1.0, None, *coefficients, False)
         assert torch.equal(in_place, out_of_place)
 
 

@@ -270,9 +270,11 @@ def test_torch_compile_has_no_graph_break() -> None:
 def test_the_operators_pass_opcheck() -> None:
     """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORE_INDEX, 4], [IGNORE_INDEX, 0, 2]])
-    statistics = torch.ops.amapo_loss.logit_statistics(logits, labels, IGNORE_INDEX)
-    torch.library.opcheck(torch.ops.amapo_loss.logit_statistics.default, (logits, labels, IGNORE_INDEX))
-    arguments = (torch.randn(6), logits, labels, IGNORE_INDEX, *statistics)
+    for with_entropy in (False, True):
+        inputs = (logits, labels, IGNORE_INDEX, "", with_entropy)
+        torch.library.opcheck(torch.ops.amapo_loss.logit_statistics.default, inputs)
+    _, *saved = torch.ops.amapo_loss.logit_statistics(*inputs)
+    arguments = (torch.randn(6), logits, *saved)
     torch.library.opcheck(torch.ops.amapo_loss.logit_gradient.default, arguments)
 
 

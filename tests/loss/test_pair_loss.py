@@ -259,7 +259,7 @@ def test_all_kernels_compile_for_gpus_that_are_not_present(targets: list[str], t
         pytest.skip("this version of Triton needs the linker of ROCm")
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = json.loads((tmp_path / "sass.json").read_text())["kernels"]
-    linear_head_kernels = ["_update_kernel", "_gradient_kernel", "_gradient_kernel"] * 2
+    linear_head_kernels = ["_update_kernel", "_update_kernel", "_gradient_kernel", "_gradient_kernel"] * 2
     online_lse_kernels = linear_head_kernels + ["_update_kernel", "_gradient_kernel"] * 3
     pair_loss_kernels = ["_one_launch_kernel"] * 9 + ["_statistics_kernel", "_loss_kernel"] * 3
     pair_loss_kernels += ["_moments_kernel"]
