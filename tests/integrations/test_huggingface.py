@@ -1,5 +1,6 @@
 """Check on small Hugging Face models that hidden states give the same loss and gradients as logits."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from amapo_loss import amapo_loss, linear_sequence_logps, sequence_logps
+from tests.support.ranks import on_ranks
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers announces changes of its own
@@ -60,7 +62,7 @@ def loss_and_gradients(
     """Return the loss, and its gradient with respect to each trainable parameter."""
     loss = amapo_loss(*logps.chunk(2), beta=2.0).loss
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return loss, dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values()))))
+    return loss, dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values()), retain_graph=True)))
 
 
 def logps_from_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -122,3 +124,66 @@ def test_gradient_checkpointing_does_not_change_the_gradients() -> None:
     model.train()
     actual = loss_and_gradients(model, logps_from_hidden_states(model.model, model.lm_head.weight, batch))
     torch.testing.assert_close(actual, expected)
+
+
+def sequences() -> list[dict[str, list[int]]]:
+    """Return the rows of `make_batch` without their padding, as a dataset has them."""
+    batch = make_batch()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [
+        {name: batch[name][row, :length].tolist() for name in ("input_ids", "labels")}
+        for row, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("collator", ["transformers", "trl", "trl, with a padded tail"])
+def test_padding_free_batches_give_the_loss_and_gradients_of_padded_ones(collator: str) -> None:
+    if collator == "transformers":
+        collate: Any = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    else:
+        sft = pytest.importorskip("trl.trainer.sft_trainer")
+        multiple = 16 if collator.endswith("tail") else None
+        collate = sft.DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=multiple)
+    batch, model = collate(sequences()), tiny_model("Llama")
+    labels, position_ids = batch["labels"], batch["position_ids"]
+    # Without a cache, the model keeps its attention within the sequences.
+    output = model(input_ids=batch["input_ids"], position_ids=position_ids, output_hidden_states=True, use_cache=False)
+    hidden, weight = output.hidden_states[-1], model.lm_head.weight
+    results = [
+        sequence_logps(output.logits, labels, position_ids=position_ids),
+        linear_sequence_logps(hidden, weight, labels, position_ids=position_ids),
+    ]
+    if not collator.endswith("tail"):  # its offsets name each token of the padding as a sequence
+        results.append(linear_sequence_logps(hidden, weight, labels, cu_seqlens=batch["cu_seq_lens_q"]))
+    expected = loss_and_gradients(model, logps_from_logits(model, make_batch()))
+    for logps in results:
+        actual = loss_and_gradients(model, logps)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def check_tensor_parallel(rank: int, group: Any, folder: str) -> None:
+    """Compare a model whose body and head are split by its own plan with the whole model."""
+    from torch.distributed.tensor import DTensor, Shard
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = DistributedConfig(tp_plan="auto", tp_size=2)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    weight = model.lm_head.weight
+    assert isinstance(weight, DTensor)
+    assert weight.placements == (Shard(0),)
+    batch = make_batch()
+    logps = logps_from_hidden_states(model.model, weight, batch)
+    loss, split_gradients = loss_and_gradients(model, logps)
+    gradients = {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for name, gradient in split_gradients.items()
+    }
+    whole = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    expected = loss_and_gradients(whole, logps_from_logits(whole, batch))
+    torch.testing.assert_close((loss, gradients), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_under_its_tensor_parallel_plan(tmp_path: Path) -> None:
+    """The vocabulary of 97 is not a multiple of the 2 ranks."""
+    tiny_model("Llama").save_pretrained(tmp_path)
+    on_ranks(2, check_tensor_parallel, str(tmp_path))

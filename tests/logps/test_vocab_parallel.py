@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
-from amapo_loss import linear_sequence_logps, linear_token_logps, sequence_logps
+from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from tests.logps.test_linear_head import (
     WITH_GRADIENTS,
     WITHOUT_GRADIENTS,
@@ -335,3 +335,28 @@ def test_errors() -> None:
     assert result.keys() == prefixes.keys()
     for name, prefix in prefixes.items():
         assert result[name].startswith(prefix), (name, result[name])
+
+
+def check_data_and_tensor_parallel(rank: int, group: Any) -> None:
+    """Two groups of pairs and a vocabulary in two parts: the statistics are those of the data-parallel group."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    head, labels = random_head(8, 6, 5, 30, "hidden weight"), random_labels(8, 6, 30)
+    expected = amapo_loss(*head.sequence_logps(labels).chunk(2))
+    expected_gradients = gradients(expected.loss, head, torch.tensor(1.0))
+
+    mine = torch.tensor([0, 1, 4, 5]) + 2 * mesh.get_local_rank("dp")  # two chosen responses and two rejected ones
+    weight: Any = distribute_tensor(head.weight.detach(), mesh["tp"], [Shard(0)]).requires_grad_()
+    split = head._replace(hidden=head.hidden.detach()[mine].requires_grad_(), weight=weight)
+    logps = split.sequence_logps(labels[mine])
+    actual = amapo_loss(*logps.chunk(2), process_group=mesh["dp"].get_group())
+    torch.testing.assert_close(actual.diagnostics.statistics, expected.diagnostics.statistics)
+    grad_hidden, grad_weight = gradients(actual.loss, split, torch.tensor(1.0))
+    # As DDP does: the mean over the data-parallel ranks.
+    torch.testing.assert_close(grad_hidden / 2, expected_gradients[0][mine])
+    whole = grad_weight.full_tensor() / 2  # type: ignore[attr-defined]
+    dist.all_reduce(whole, group=mesh["dp"].get_group())
+    torch.testing.assert_close(whole, expected_gradients[1])
+
+
+def test_statistics_over_the_data_parallel_ranks_only() -> None:
+    on_ranks(4, check_data_and_tensor_parallel)
