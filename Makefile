@@ -13,7 +13,7 @@ FRAMEWORKS ?= llamafactory openrlhf swift axolotl torchtune
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
-.PHONY: demo compare test lint bench head sass trainer estimators runs figures tables trl torch deepspeed frameworks gpu help clean studies $(STUDIES)
+.PHONY: demo compare test lint bench head sass trainer scaling estimators runs figures tables trl torch deepspeed frameworks gpu help clean studies $(STUDIES)
 
 demo: .venv/ready  ## Train with DPO, SimPO and AMaPO. DATA= and EVAL= take your own files of pairs.
 	$(RUN) benchmarks.demo $(FILES) $(ARGS)
@@ -40,6 +40,9 @@ sass: .venv/ready  ## Count registers, barriers and instructions of the kernels,
 
 trainer: .venv/ready  ## Measure a training step of AMaPOTrainer against one of DPOTrainer.
 	$(RUN) benchmarks.speed.trainer $(ARGS)
+
+scaling: .venv/ready  ## Count what a head costs on many ranks, and measure 1, 2, 4 and 8 processes.
+	$(RUN) benchmarks.speed.scaling $(ARGS)
 
 estimators: .venv/ready  ## Measure the error of micro-batch statistics for each estimator.
 	$(RUN) benchmarks.studies.estimators $(ARGS)

@@ -294,6 +294,46 @@ def gradient_flow_table() -> str:
     return markdown(("pairs", "", *names), rows, numbers_from=2)
 
 
+def scale_table() -> str:
+    """Return what a rank holds and receives for a step of a trainable head, by the formulas."""
+    rows = []
+    for row in load("scaling_cpu")["formulas"]:
+        if row["trainable"]:
+            split, gathered = row["split vocabulary"], row["gathered logits"]
+            numbers = (split["weight_bytes"], split["workspace_bytes"], gathered["workspace_bytes"])
+            cells = [f"{value / 2**30:.2f}" for value in numbers]
+            cells += [f"{cost['received_bytes'] / 2**30:.2f}" for cost in (split, gathered)]
+            cells += [f"{cost['flops'] / 1e12:.1f}" for cost in (split, gathered)]
+            rows.append((row["head"], str(row["ranks"]), *cells))
+    header = (
+        "weight and gradient, GiB",
+        "workspace: split, GiB",
+        "gathered logits, GiB",
+        "received: split, GiB",
+        "gathered logits, GiB",
+        "TFLOP: split",
+        "gathered logits",
+    )
+    return markdown(("", "ranks", *header), rows)
+
+
+def weak_scaling_table() -> str:
+    """Return the measured times, collectives and bytes of the weak-scaling run."""
+    rows = [
+        (
+            f"{row['processes']}",
+            row["step"],
+            f"{row['ms']:,.1f}",
+            f"{row['collectives']['all_gather']}",
+            f"{row['collectives']['all_reduce']}",
+            f"{row['received_bytes'] / 1e3:,.1f}",
+        )
+        for row in load("scaling_cpu")["measured"]
+    ]
+    header = ("processes", "", "ms", "all-gathers", "all-reduces", "kB received per process")
+    return markdown(header, rows, numbers_from=2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "head": head_table,
@@ -306,6 +346,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency-gpu": partial(latency_table, "latency_gpu"),
     "trainer": trainer_table,
     "estimators": estimators_table,
+    "scale": scale_table,
+    "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
 }

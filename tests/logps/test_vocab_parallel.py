@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
+from benchmarks.speed.scaling import recorded_collectives
 from tests.logps.test_linear_head import (
     WITH_GRADIENTS,
     WITHOUT_GRADIENTS,
@@ -204,29 +205,6 @@ def check_autocast(rank: int, group: Any) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def bytes_of_collectives(call: Callable[[], Any]) -> dict[str, list[int]]:
-    """Return the bytes that this rank contributes to each collective of a call, by the kind of the collective."""
-    sent: dict[str, list[int]] = {"all_gather": [], "all_reduce": []}
-    reduce_tensor, gather = dist.all_reduce, dist.all_gather_into_tensor
-
-    def nbytes(x: Tensor) -> int:
-        return x.numel() * x.element_size()
-
-    def recorded_reduce(x: Tensor, **options: Any) -> Any:
-        sent["all_reduce"].append(nbytes(x))
-        return reduce_tensor(x, **options)
-
-    def recorded_gather(out: Tensor, x: Tensor, **options: Any) -> Any:
-        sent["all_gather"].append(nbytes(x))
-        return gather(out, x, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amapo_loss._collectives._all_gather", recorded_gather)
-        patch.setattr("torch.distributed.all_reduce", recorded_reduce)
-        call()
-    return sent
-
-
 def collectives(rank: int, group: Any) -> dict[str, Any]:
     """Return what a rank sends, for each kind of head."""
     result: dict[str, Any] = {}
@@ -241,14 +219,13 @@ def collectives(rank: int, group: Any) -> dict[str, Any]:
                 logps.sum().backward()
 
         with tiled("torch", 20 * 4):  # tiles of 4 tokens and the 20 rows of the larger shard
-            result[name] = bytes_of_collectives(step)
+            with recorded_collectives() as result[name]:
+                step()
     mesh = init_device_mesh("cpu", (2,))
     shard = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
     hidden, weight = shard(torch.randn(10, 6)).requires_grad_(), shard(torch.randn(30, 6))
-    with CommDebugMode() as communication:
-        result["sequence parallel"] = bytes_of_collectives(
-            lambda: linear_token_logps(hidden, weight, target_ids).sum().backward()
-        )
+    with CommDebugMode() as communication, recorded_collectives() as result["sequence parallel"]:
+        linear_token_logps(hidden, weight, target_ids).sum().backward()
     result["of DTensors"] = {str(op): count for op, count in communication.get_comm_counts().items()}
     return result
 
