@@ -326,11 +326,11 @@ def weak_scaling_table() -> str:
             f"{row['ms']:,.1f}",
             f"{row['collectives']['all_gather']}",
             f"{row['collectives']['all_reduce']}",
-            f"{row['received_bytes'] / 1e3:,.1f}",
+            f"{row['received_bytes']:,.0f}",
         )
         for row in load("scaling_cpu")["measured"]
     ]
-    header = ("processes", "", "ms", "all-gathers", "all-reduces", "kB received per process")
+    header = ("processes", "", "ms", "all-gathers", "all-reduces", "bytes received per process")
     return markdown(header, rows, numbers_from=2)
 
 

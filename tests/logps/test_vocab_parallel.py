@@ -218,9 +218,9 @@ def collectives(rank: int, group: Any) -> dict[str, Any]:
             if logps.requires_grad:
                 logps.sum().backward()
 
-        with tiled("torch", 20 * 4):  # tiles of 4 tokens and the 20 rows of the larger shard
-            with recorded_collectives() as result[name]:
-                step()
+        # tiles of 4 tokens and the 20 rows of the larger shard
+        with tiled("torch", 20 * 4), recorded_collectives() as result[name]:
+            step()
     mesh = init_device_mesh("cpu", (2,))
     shard = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
     hidden, weight = shard(torch.randn(10, 6)).requires_grad_(), shard(torch.randn(30, 6))

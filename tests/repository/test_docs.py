@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import tables
 from tests.frameworks.test_frameworks import FRAMEWORKS
+from tests.support.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +30,7 @@ EXAMPLES = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     if not re.search(rf"^from ({'|'.join(FRAMEWORKS)})\b", code, flags=re.MULTILINE)
 ]
+ON_RANKS = [example for example in EXAMPLES if "init_device_mesh" in example.code]
 
 
 def example_containing(text: str, page: str) -> str:
@@ -69,7 +71,26 @@ REPLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}-{example.number}")
+def run_on_a_rank(rank: int, group: Any, code: str) -> list[torch.Tensor]:
+    """Run an example for several ranks and return the gradients of its hidden states and its weight."""
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return [names["hidden"].grad, names["weight"].grad.full_tensor()]
+
+
+@pytest.mark.parametrize("example", ON_RANKS, ids=lambda example: f"{example.page}-{example.number}")
+def test_the_example_runs_on_two_ranks(example: Example) -> None:
+    of_first, of_second = on_ranks(2, run_on_a_rank, example.code)
+    for gradient, other in zip(of_first, of_second):
+        assert torch.equal(gradient, other)
+        assert gradient.any()
+
+
+@pytest.mark.parametrize(
+    "example",
+    [example for example in EXAMPLES if example not in ON_RANKS],
+    ids=lambda example: f"{example.page}-{example.number}",
+)
 def test_the_example_runs(example: Example, tmp_path: Path) -> None:
     code = example.code
     assert code.count("\n") <= 25, "an example fits on one screen"
