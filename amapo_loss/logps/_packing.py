@@ -71,9 +71,8 @@ class Packing(NamedTuple):
         sequence_of = self.sequence_of.view_as(labels)
         unpredicted = sequence_of == self.num_sequences
         if shift:
-            first = self.sequence_of != self.sequence_of.roll(1)
-            first[:1] = True
-            unpredicted = unpredicted | first.view_as(labels)
+            is_first = self.sequence_of != self.sequence_of.roll(1)  # the shift drops the very first label anyway
+            unpredicted = unpredicted | is_first.view_as(labels)
         return labels.masked_fill(unpredicted, ignore_index)
 
     def sums(

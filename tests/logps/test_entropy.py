@@ -88,9 +88,10 @@ def test_entropies_of_confident_tokens_keep_their_digits(backend: str) -> None:
 
 @every_tiling
 @pytest.mark.parametrize("target", [0, 1, 2])
-def test_tokens_that_are_impossible_do_not_count(backend: str, target: int) -> None:
-    """Masked tokens have a logit of -inf. The target may be one of them."""
-    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf, 0.5]])
+@pytest.mark.parametrize("largest", [2.0, 3e38])
+def test_tokens_that_are_impossible_do_not_count(backend: str, target: int, largest: float) -> None:
+    """Masked tokens have a logit of -inf or the lowest number. The target may be one of them."""
+    logits = torch.tensor([[-torch.inf, 1.0, largest, torch.finfo(torch.float32).min, 0.5]])
     with tiled(backend, 2) as device:
         labels = torch.tensor([[target]], device=device)
         _, entropies = sequence_logps(logits[None].to(device), labels, shift=False, return_entropy=True)
