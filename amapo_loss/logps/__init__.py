@@ -116,9 +116,8 @@ def sequence_logps(
     labels = _predicted_labels(labels, ignore_index, packing, shift)
     logps, entropies = logits_logps(logits, labels, ignore_index, group_name, return_entropy)
     counted = labels != ignore_index
-    if return_entropy:
-        return tuple(_reduce_tokens(x, counted, packing, average) for x in (logps, entropies))  # type: ignore[return-value]
-    return _reduce_tokens(logps, counted, packing, average)
+    logps = _reduce_tokens(logps, counted, packing, average)
+    return (logps, _reduce_tokens(entropies, counted, packing, average)) if return_entropy else logps
 
 
 @overload
@@ -222,13 +221,12 @@ def linear_sequence_logps(
     index = counted.flatten().nonzero().squeeze(1)
     hidden, targets = gather_rows(hidden.flatten(0, 1), index), labels.flatten().index_select(0, index)
     transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
-    of_counted = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
+    logps, entropies = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
 
     def reduced(values: Tensor) -> Tensor:
         all_values = values.new_zeros(labels.numel()).index_copy(0, index, values)
         return _reduce_tokens(all_values, counted, packing, average)
 
-    logps, entropies = of_counted
     return (reduced(logps), reduced(entropies)) if return_entropy else reduced(logps)
 
 

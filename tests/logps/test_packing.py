@@ -145,6 +145,10 @@ def test_packed_rows_compile(name: str) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(step(logits).sum(), logits)[0])
 
 
+def test_the_operator_passes_opcheck() -> None:
+    torch.library.opcheck(torch.ops.amapo_loss.sequence_of_positions.default, (torch.tensor([0, 2, 2, 5]), 6))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
