@@ -30,7 +30,7 @@ def all_gather_row(
         _all_gather(rows, row, group=process_group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{what} could not be gathered: has another rank failed, or not called the loss? ({error})"
+            f"{what} could not be gathered: has another rank failed, or not made this call? ({error})"
         ) from error
     return rows.view(ranks, k)
 

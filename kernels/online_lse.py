@@ -42,7 +42,7 @@ def _load_logits(z_ptr, bias_ptr, j, z_column_stride, mask, scale, softcap):
 
 @triton.jit
 def _move(deviations, sums, step, exp_step):
-    """Return sums of exp(z - m) (z - m) after m has grown by -step. Where exp(step) is 0, the step may be -inf."""
+    """Return sums of exp(z - m) (z - m) after m has changed by -step. Where exp(step) is 0, the step may be -inf."""
     return tl.where(exp_step > 0, (deviations + sums * step) * exp_step, 0.0)
 
 
@@ -81,11 +81,11 @@ def _update_kernel(
             z = _load_logits(z_ptr, bias_ptr, j, z_column_stride, j < num_columns, scale, softcap)
             z = tl.where(j == target_column, -INF, z)
             # One exponential is both the factor of the old sums, if z is a new maximum, and else the new addend.
-            step = z - maxima
-            exp = tl.exp(-tl.abs(step))
+            difference = z - maxima
+            exp = tl.exp(-tl.abs(difference))
             if deviation_rest_ptr is not None:
-                added = deviations + tl.where(exp > 0, exp * step, 0.0)  # 0 * -inf would be NaN
-                deviations = tl.where(z > maxima, _move(deviations, sums, -step, exp), added)
+                added = deviations + tl.where(exp > 0, exp * difference, 0.0)  # 0 * -inf would be NaN
+                deviations = tl.where(z > maxima, _move(deviations, sums, -difference, exp), added)
             sums = tl.where(z > maxima, sums * exp + 1, sums + exp)
             maxima = tl.maximum(maxima, z)
         max_rest = tl.max(maxima)

@@ -16,7 +16,7 @@ from amapo_loss.logps._linear_head import gather_rows, linear_logps
 from amapo_loss.logps._logits import logits_logps
 from amapo_loss.logps._online_lse import LogitTransform
 from amapo_loss.logps._packing import Packing
-from amapo_loss.logps._vocab_parallel import Split, local_shard, replicated
+from amapo_loss.logps._vocab_parallel import gather_hidden, local_shard
 
 
 @overload
@@ -58,13 +58,13 @@ def sequence_logps(
 
     The only new tensor of the size of the logits is their gradient, in their dtype, in the backward pass.
 
-    Each row is a sequence. If the rows are packed, `cu_seqlens` or `position_ids` says where sequences start. No label
-    is then predicted from the sequence before it.
+    Each row is a sequence. If the rows are packed, `cu_seqlens` or `position_ids` says where sequences start. With
+    `shift`, no label is then predicted from the sequence before it.
 
     Args:
         logits: [N, T, V] unnormalized log-probabilities, any floating dtype and any strides. They are computed in
-            float32, or in float64 if they are float64. A DTensor that is sharded on V is never gathered. Only three
-            numbers per token and rank are (four with the entropy).
+            float32, or in float64 if they are float64. A DTensor may be sharded on V. The ranks then exchange only
+            three numbers per token (four with the entropy).
         labels: [N, T] int64 token ids on the device of `logits`.
         ignore_index: the label of positions that do not count, which are the prompt and the padding.
         average: divide the sum by the number of counted tokens, as AMaPO and SimPO do. `False` returns the sums that
@@ -76,7 +76,8 @@ def sequence_logps(
             no sequence.
         position_ids: [N, T] int32 or int64, for packed rows, in place of `cu_seqlens`: a sequence starts at the start
             of each row, and wherever a number is not one more than the number before it. One-token sequences at the end
-            of a row whose label is `ignore_index` are padding. This waits for a GPU once, to count the sequences.
+            of a row whose label is `ignore_index` are padding, and so is a row that has nothing else. Padding on the
+            left would be taken for sequences. This waits for a GPU once, to count the sequences.
         return_entropy: also return the entropy of the distributions that predict the counted tokens, summed or averaged
             like the log-probs. It comes from the same pass and has no gradient.
 
@@ -89,8 +90,8 @@ def sequence_logps(
             `cu_seqlens` or `position_ids` is not an integer tensor.
         ValueError: if shapes or devices do not match; if both `cu_seqlens` and `position_ids` are given; on a CPU, if
             `cu_seqlens` does not begin with 0, decreases or exceeds N * T (on a GPU, PyTorch's device-side assertion
-            fails); if logits that are a DTensor are not sharded on V alone, or the ranks of its mesh have different
-            labels.
+            fails); if logits that are a DTensor are not sharded on V over a mesh of one dimension, or its ranks have
+            different labels.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
         RuntimeError: in the backward pass, for a second derivative.
 
@@ -109,9 +110,11 @@ def sequence_logps(
     """
     _checks.floating_tensor("logits", logits)
     _check_labels("logits", logits, "V", labels)
-    logits, group_name = local_shard(
-        "logits", logits, 2, None, "logits.to_local() if each rank has sequences of its own"
+    advice = (
+        "if each rank has sequences of its own, pass logits.to_local(), and if the vocabulary is split as well, put it "
+        "on the mesh of the vocabulary with DTensor.from_local(logits.to_local(), mesh, [Shard(-1)])"
     )
+    logits, group_name = local_shard("logits", logits, 2, None, advice)
     packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
     labels = _predicted_labels(labels, ignore_index, packing, shift)
     logps, entropies = logits_logps(logits, labels, ignore_index, group_name, return_entropy)
@@ -175,12 +178,12 @@ def linear_sequence_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return `sequence_logps` of the logits `hidden @ weight.T + bias`, without ever holding these logits.
 
-    Only positions that count meet the head. They are gathered first, which waits for a GPU once, to learn how many
-    there are. Everything else is as in `linear_token_logps`.
+    The head is applied only to positions that count. They are gathered first, which waits for a GPU once, to learn how
+    many there are. Everything else is as in `linear_token_logps`.
 
     Args:
-        hidden: [N, T, H] the last hidden states, which are the input of the language-model head. As in
-            `linear_token_logps`, it may be a DTensor that is sharded on its tokens.
+        hidden: [N, T, H] the last hidden states, which are the input of the language-model head. With a split
+            vocabulary, it may be a DTensor with `Shard(0)` or `Shard(1)`, see `linear_token_logps`.
         weight: [V, H] weight of the head. See `linear_token_logps` for a vocabulary that is split over ranks.
         labels: [N, T] int64 token ids.
         bias: [V] bias of the head, if it has one.
@@ -214,14 +217,14 @@ def linear_sequence_logps(
     """
     _checks.floating_tensor("hidden", hidden)
     _check_labels("hidden", hidden, "H", labels)
-    hidden, weight, bias, split = _local_head(hidden, weight, bias, vocab_group)
+    hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
     packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
     labels = _predicted_labels(labels, ignore_index, packing, shift)
     counted = labels != ignore_index
     index = counted.flatten().nonzero().squeeze(1)
     hidden, targets = gather_rows(hidden.flatten(0, 1), index), labels.flatten().index_select(0, index)
     transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
-    logps, entropies = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
+    logps, entropies = linear_logps(hidden, weight, targets, transform, group_name, keep_bytes, return_entropy)
 
     def reduced(values: Tensor) -> Tensor:
         all_values = values.new_zeros(labels.numel()).index_copy(0, index, values)
@@ -285,34 +288,36 @@ def linear_token_logps(
     - 4 otherwise, since backward computes the tiles again. Nothing of size V x H is held but the weight's gradient.
     - 1 if no gradient is needed.
 
-    The vocabulary may be split over ranks that have the same tokens, as in tensor parallelism. Each rank then passes
-    its rows of the weight, and gets all log-probs. No rank holds the logits or the weight of another. The collectives
-    are, per call:
+    The vocabulary may be split over ranks that have the same tokens and hidden states, as in tensor parallelism. Each
+    rank then passes its rows of the weight, and gets all log-probs and the whole gradient of `hidden`. No rank holds
+    the logits or the weight of another. Each call has these collectives:
 
-    - an all-gather of three integers per rank, for which the host waits, to learn the sizes of the shards;
-    - all-gathers of three numbers per token and rank (four with the entropy): one, or one for each tile of a frozen
-      head;
-    - for the gradient of `hidden`, all-reduces of [n, H] in float32: one in the backward pass, or one for each tile of
-      a frozen head, n rows together, in the forward pass. None if `hidden` is a DTensor that is sharded on its tokens,
-      whose redistribution sends them.
+    - an all-gather of three integers per rank, for which the host waits: the size of the shard, the number of tokens,
+      and a checksum of them;
+    - all-gathers of three numbers per token (four with the entropy). A frozen head has one for each of its tiles, any
+      other head has one;
+    - for the gradient of `hidden`, all-reduces of [n, H] numbers in float32. A frozen head has one for each of its
+      tiles, in the forward pass. Any other head has one, in the backward pass.
 
     Args:
-        hidden: [n, H] hidden states, any floating dtype. With a split vocabulary, all ranks have the same ones, or
-            `hidden` is a DTensor on the mesh of these ranks. If it is sharded on its tokens, as under sequence
-            parallelism, it is gathered here, and its gradient is reduced and scattered.
-        weight: [V, H] weight of the head, in the dtype of `hidden`. Under autocast, any floating dtype. A DTensor that
-            one dimension of its mesh shards on V is a split vocabulary. So is a plain tensor with `vocab_group`.
+        hidden: [n, H] hidden states, any floating dtype. With a split vocabulary, it may be a DTensor on the mesh of
+            its ranks. If that has `Shard(0)`, as under sequence parallelism, the hidden states are gathered here, and
+            each rank gets the gradient of its own ones.
+        weight: [V, H] weight of the head, in the dtype of `hidden`. Under autocast, any floating dtype. A DTensor with
+            `Shard(0)` on a mesh of one dimension is a split vocabulary. So is a plain tensor with `vocab_group`.
         targets: [n] int64 token ids of the whole vocabulary. All of them count.
         bias: [V] bias of the head, in the dtype of `weight`, if the head has one.
         keep_bytes: memory in bytes that a head with gradients may hold from forward to backward. Tiles that fit into it
             are not computed again, so that they cost 3 products. About V x n elements of the dtype of the products
-            hold all tiles. Without gradients of `weight` or `bias`, and without conversion, it has no effect.
+            hold all tiles, where V counts the rows of this rank. Without gradients of `weight` or `bias`, and without
+            conversion, it has no effect.
         logit_scale: $s$, the factor by which the model multiplies its logits (Cohere's `logit_scale`, 1 /
             `logits_scaling` of Granite).
         final_logit_softcapping: $c$, the bound at which the model caps its logits (Gemma), or None. The scale comes
             first.
         vocab_group: the ranks over which the vocabulary is split. `weight` and `bias` are then the rows of this rank,
-            [V_r, H] and [V_r], in the order of the ranks. The ranks may have different numbers of rows.
+            [V_r, H] and [V_r], in the order of `torch.distributed.get_rank(vocab_group)`. The ranks may have different
+            numbers of rows, also 0.
         return_entropy: also return the entropy of each token's distribution. It comes from the same pass and has no
             gradient.
 
@@ -328,8 +333,8 @@ def linear_token_logps(
             ZeRO-3; if a DTensor has other placements than above, or if `vocab_group` is given in addition; if the ranks
             of a split vocabulary have different targets; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative. If another rank of the split vocabulary does not
-            take part before the timeout of the group.
+        RuntimeError: in the backward pass, for a second derivative. With gloo, if another rank of the split vocabulary
+            does not take part before the timeout of the group; NCCL's watchdog ends the process instead.
 
     Example:
         >>> import torch
@@ -342,9 +347,9 @@ def linear_token_logps(
 
     Source: cross-entropy of a language model; the method is this library's own, see `docs/logps.md`.
     """
-    hidden, weight, bias, split = _local_head(hidden, weight, bias, vocab_group)
+    hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
     transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
-    logps, entropies = linear_logps(hidden, weight, targets, transform, split, keep_bytes, return_entropy)
+    logps, entropies = linear_logps(hidden, weight, targets, transform, group_name, keep_bytes, return_entropy)
     return (logps, entropies) if return_entropy else logps
 
 
@@ -365,7 +370,10 @@ def _predicted_labels(
     """Return the label [N, T] that each position predicts."""
     if packing is not None:
         labels = packing.mask_labels(labels, ignore_index, shift)
-    return _shift_labels(labels, ignore_index) if shift else labels
+    if not shift:
+        return labels
+    # A packed sequence may go on in the next row.
+    return _shift_labels(labels.reshape(1, -1) if packing else labels, ignore_index).view_as(labels)
 
 
 def _reduce_tokens(
@@ -387,19 +395,20 @@ def _local_head(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     vocab_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Split]:
-    """Return the hidden states of all tokens, this rank's rows of the weight and the bias, and the split."""
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """Return the hidden states of all tokens, this rank's rows of the weight and the bias, and the group's name."""
     _checks.floating_tensor("hidden", hidden)
     _checks.floating_tensor("weight", weight)
-    advice = "call this inside the forward of the module that holds it, where FSDP2 has gathered it"
-    weight, group_name = local_shard("weight", weight, 0, vocab_group, advice)
+    weight, group_name = local_shard("weight", weight, 0, vocab_group)
     if bias is not None:
         _checks.floating_tensor("bias", bias)
-        bias, bias_group = local_shard("bias", bias, 0, vocab_group, advice)
+        bias, bias_group = local_shard("bias", bias, 0, vocab_group)
         if bias_group != group_name:
-            raise ValueError("bias must be split over ranks as weight is, got one of them split in another way")
-    hidden, split = replicated("hidden", hidden, group_name)
-    return hidden, weight, bias, split
+            raise ValueError(
+                "bias must be split over ranks as weight is, got one that is not: pass "
+                "distribute_tensor(bias, weight.device_mesh, weight.placements)"
+            )
+    return gather_hidden("hidden", hidden, group_name), weight, bias, group_name
 
 
 def _check_labels(
@@ -447,7 +456,7 @@ def _check_head(
     _checks.plain_activation("targets", targets)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, parameter in parameters.items():
-        if name == "weight" or len(weight):  # a rank may have no row of a split vocabulary
+        if name == "weight" or len(weight):  # beside an empty shard, an empty bias is right
             _checks.gathered_parameter(name, parameter)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -18,8 +18,9 @@ bfloat16, the rounding errors would bias training, although the error of a singl
 a PyTorch operator, which torch.compile does not look into, with an autograd function around it.
 
 A vocabulary may be split over ranks. Each rank then has rows of the weight, and computes the tiles of its columns. A
-frozen head merges the ranks' log-sum-exp tile by tile, before it computes the gradient of a tile, so that the gradient
-of each token is rounded once, from a float32 sum over all ranks. A trainable head merges them once.
+frozen head merges the ranks' log-sum-exp tile by tile, before it computes the gradient of a tile. A trainable head
+merges them once. The gradients of the hidden states are added up over the ranks before they are rounded. Every rank
+must call the operators in the same order, as with any collective.
 
 Depends on torch, the argument checks, `amapo_loss.logps._online_lse` and `amapo_loss.logps._vocab_parallel`.
 """
@@ -35,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
-from amapo_loss.logps._vocab_parallel import Split, merge_ranks, sum_ranks, vocab_shard
+from amapo_loss.logps._vocab_parallel import merge_ranks, sum_ranks, vocab_shard
 
 # Forward multiplies tiles by this number before it rounds them to float16. Entries below 3e-8 would become 0 otherwise,
 # and a large vocabulary has many of them. A loss scale cannot prevent that, because it comes with backward. The entries
@@ -48,7 +49,7 @@ def linear_logps(
     weight: Tensor,  # [V, H]
     target_ids: Tensor,  # [n]
     transform: LogitTransform,
-    split: Split,
+    group_name: str,
     keep_bytes: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,8 @@ def linear_logps(
     if torch.is_autocast_enabled(device) and gemm_dtype != torch.float64:
         gemm_dtype = torch.get_autocast_dtype(device)
     bias = transform.bias
-    arguments = (hidden, weight, target_ids, bias, gemm_dtype, transform.scale, transform.softcap, *split, with_entropy)
+    head = (hidden, weight, target_ids, bias)
+    arguments = (*head, gemm_dtype, transform.scale, transform.softcap, group_name, with_entropy)
     # Decide here which gradients are wanted. Inside the forward of an autograd function, grad mode is always off, and
     # ctx.needs_input_grad ignores no_grad.
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -98,7 +100,6 @@ def _frozen_head(
     scale: float,
     softcap: float | None,
     group_name: str,
-    sum_grad_hidden: bool,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the log-probs [n], entropies [n] or [0], factors [n] and directions [n, H].
@@ -127,7 +128,7 @@ def _frozen_head(
         coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
         product = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
-        sum_ranks(product, Split(group_name, sum_grad_hidden))
+        sum_ranks(product, group_name)
         torch.div(product, rounding_scale, out=direction[block])
     logps, factor = _online_lse.token_logps(*state[1:4]), _online_lse.gradient_factor(state, transform)
     return logps, _online_lse.entropies(state), factor, direction
@@ -158,12 +159,12 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 9
         factor, direction = ctx.saved_tensors
         # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
         # backward pass through the same graph needs `direction` again.
         grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
-        return grad_hidden, *(None,) * 9
+        return grad_hidden, *(None,) * 8
 
 
 # A trainable head.
@@ -179,7 +180,6 @@ def _head_statistics(
     scale: float,
     softcap: float | None,
     group_name: str,
-    sum_grad_hidden: bool,
     with_entropy: bool,
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -228,7 +228,6 @@ def _(
     scale: float,
     softcap: float | None,
     group_name: str,
-    sum_grad_hidden: bool,
     with_entropy: bool,
     keep_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +247,6 @@ def _head_gradients(
     scale: float,
     softcap: float | None,
     group_name: str,
-    sum_grad_hidden: bool,
     target_logit: Tensor,  # [n]
     max_rest: Tensor,  # [n]
     sum_rest: Tensor,  # [n]
@@ -290,7 +288,7 @@ def _head_gradients(
         if needs_bias:
             grad_bias[block] = grad_z.sum(0, dtype=acc_dtype)
     if needs_hidden:
-        sum_ranks(grad_x, Split(group_name, sum_grad_hidden))
+        sum_ranks(grad_x, group_name)
     return grad_hidden.copy_(grad_x), grad_weight, grad_bias
 
 
@@ -319,7 +317,7 @@ class _TrainableHead(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         hidden, weight, _, bias, *options = inputs
         ctx.save_for_backward(hidden, weight, bias, *output[2:])
-        ctx.options = options[:5]
+        ctx.options = options[:4]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -327,12 +325,12 @@ class _TrainableHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
-            return (None,) * 11
+            return (None,) * 10
         hidden, weight, bias, *saved = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         gradients = _head_gradients(grad_output, hidden, weight, bias, *ctx.options, *saved, *needed)
         grad_hidden, grad_weight, grad_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
-        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 7
+        return grad_hidden, grad_weight, None, grad_bias, *(None,) * 6
 
 
 def _allocate_cache(
@@ -386,6 +384,8 @@ def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:
 
 def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Write a @ b to `out`, accumulated in the dtype of `out`."""
+    if a.shape[1] == 0:  # the rank has no row of a split vocabulary
+        return out.zero_()
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -42,7 +42,7 @@ CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because tha
 class OnlineLSE(NamedTuple):
     """The state of n rows after some of their columns: an online log-sum-exp that leaves the target out."""
 
-    target_ids: Tensor  # [n] int64: y, or -1 in a row that does not count
+    target_ids: Tensor  # [n] int64: y, -1 in a row that does not count, or beyond the columns if another rank has y
     target_logit: Tensor  # [n] z_y, or 0 as long as the column y has not been seen
     max_rest: Tensor  # [n] m over the columns seen so far
     sum_rest: Tensor  # [n] S over the columns seen so far: 0 if they are all -inf, and in [1, V) otherwise
@@ -104,9 +104,10 @@ def entropies(state: OnlineLSE) -> Tensor:
     _, target_logit, max_rest, sum_rest, deviation_rest = state
     if deviation_rest is None:
         return sum_rest.new_empty(0)
-    # Beyond 700, the smaller probability is 0 in every dtype. Clamping keeps 0 * log 0 from being NaN.
+    # Beyond 700, the smaller probability is below 1e-300. Clamping keeps 0 * log 0 from being NaN.
     log_odds = _log_odds(target_logit, max_rest, sum_rest).clamp(-700, 700)
-    entropy_of_rest = sum_rest.clamp(min=1).log() - deviation_rest / sum_rest.clamp(min=1)
+    sum_rest = sum_rest.clamp(min=1)  # 0 if the rest is impossible, and at least 1 otherwise
+    entropy_of_rest = sum_rest.log() - deviation_rest / sum_rest
     p, rest = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
     return rest * (entropy_of_rest - F.logsigmoid(-log_odds)) - p * F.logsigmoid(log_odds)
 
@@ -189,14 +190,14 @@ def update(
     for block in blocks(len(z), CPU_LSE_ROWS):
         _, _, max_rest, sum_rest, deviation_rest = state.select(block)
         new_max = torch.maximum(max_rest, z[block].amax(1))
-        deviations = z[block] - new_max.unsqueeze(1)
+        difference = z[block] - new_max.unsqueeze(1)
         step = max_rest - new_max
         if deviation_rest is not None:
-            exp = deviations.exp()
-            deviations.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
-            deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * deviations).sum(1))
+            exp = difference.exp()
+            difference.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
+            deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * difference).sum(1))
         else:
-            exp = deviations.exp_()
+            exp = difference.exp_()
         sum_rest.mul_(step.exp()).add_(exp.sum(1))
         max_rest.copy_(new_max)
 
@@ -205,7 +206,7 @@ def merge(
     parts: Tensor,  # [k, 3, n] or [k, 4, n], the numbers of k states with different columns of the same rows
     state: OnlineLSE,
 ) -> None:
-    """Write the state after the columns of all parts to `state`. It may be one of them."""
+    """Write the state after the columns of all parts to `state`."""
     target_logits, maxima, sums, *deviations = parts.unbind(1)
     max_rest = maxima.amax(0)
     steps = maxima - max_rest
@@ -263,7 +264,7 @@ def _log_odds(
 
 
 def _moved(deviation_rest: Tensor, sum_rest: Tensor, step: Tensor) -> Tensor:
-    """Return D after m has grown by -step. Where exp(step) is 0, the step may be -inf."""
+    """Return D after m has changed by -step, exp(step) (D + step S). Where exp(step) is 0, the step may be -inf."""
     exp = step.exp()
     return torch.where(exp > 0, (deviation_rest + sum_rest * step) * exp, 0)
 

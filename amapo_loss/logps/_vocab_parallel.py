@@ -19,7 +19,7 @@ from amapo_loss._collectives import all_gather_row, all_reduce_sum
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import OnlineLSE
 
-FSDP_ADVICE = "If FSDP2 has sharded the weight, call this inside the forward of the module that holds it."
+FSDP_ADVICE = "call this inside the forward of the module that holds the weight, where FSDP2 has gathered it"
 
 
 class VocabShard(NamedTuple):
@@ -28,7 +28,7 @@ class VocabShard(NamedTuple):
     start: int
     size: int
     vocab_size: int  # of all ranks
-    largest: int  # the size of the largest shard, from which all ranks take the same number of tiles
+    largest: int  # the size of the largest shard, from which all ranks derive the same number of tiles of tokens
 
     def localize(self, target_ids: Tensor) -> Tensor:
         """Return the target ids counted from `start`, `size` for those of other ranks, and -1 where nothing counts."""
@@ -37,19 +37,12 @@ class VocabShard(NamedTuple):
         return local_ids.masked_fill(elsewhere, self.size).masked_fill(target_ids < 0, -1)
 
 
-class Split(NamedTuple):
-    """How a head is split over ranks."""
-
-    group_name: str = ""  # empty: it is not split
-    sum_grad_hidden: bool = True  # add up the gradients of `hidden` here; False: the caller's graph does it
-
-
 def local_shard(
     name: str,
     value: Tensor,
     dim: int,
     vocab_group: dist.ProcessGroup | None,
-    advice: str,
+    advice: str = FSDP_ADVICE,
 ) -> tuple[Tensor, str]:
     """Return this rank's shard of a tensor whose dimension `dim` is the vocabulary, and the name of the group.
 
@@ -67,45 +60,43 @@ def local_shard(
     if vocab_group is not None:
         raise ValueError(f"vocab_group must be None for a DTensor, whose mesh has the group, and {name} is a DTensor")
     dtensor: Any = value
-    split = [i for i, placement in enumerate(dtensor.placements) if not placement.is_replicate()]
-    if len(split) != 1 or not dtensor.placements[split[0]].is_shard(dim):
+    # On a further dimension of the mesh, ranks have other tokens, and nobody would add up their gradients.
+    mesh_dims = [i for i in range(dtensor.device_mesh.ndim) if dtensor.device_mesh.size(i) > 1] or [0]
+    if len(mesh_dims) > 1 or not dtensor.placements[mesh_dims[0]].is_shard(dim):
         raise ValueError(
-            f"{name} must be a plain tensor or a DTensor that one dimension of its mesh shards on the vocabulary, "
-            f"got the placements {tuple(dtensor.placements)}: pass {name}.full_tensor(), or {advice}"
+            f"{name} must be a plain tensor or a DTensor that is sharded on the vocabulary over a mesh of one "
+            f"dimension, got the placements {tuple(dtensor.placements)} on {dtensor.device_mesh}: {advice}"
         )
-    return dtensor.to_local(), dtensor.device_mesh.get_group(split[0]).group_name
+    return dtensor.to_local(), _group(dtensor.device_mesh, mesh_dims[0]).group_name
 
 
-def replicated(
+def gather_hidden(
     name: str,
     hidden: Tensor,
     group_name: str,
-) -> tuple[Tensor, Split]:
-    """Return the hidden states of all tokens, and how the head that follows is split.
+) -> Tensor:
+    """Return the hidden states of all tokens. Those of a DTensor that is sharded on its tokens are gathered.
 
-    A DTensor that is sharded on its tokens is gathered. The backward pass of this reduces and scatters the gradients of
-    all ranks, so that the head does not add them up.
+    The head makes the whole gradient on each rank. The backward pass of this takes the part of the rank's own tokens.
 
     Raises:
         TypeError: if the head is not split and `hidden` is a DTensor.
         ValueError: if the DTensor is on another mesh.
     """
     if not _checks.is_dtensor(hidden):
-        return hidden, Split(group_name)
+        return hidden
     if not group_name:
         _checks.plain_activation(name, hidden)
-    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor import Replicate
 
     dtensor: Any = hidden
     mesh = dtensor.device_mesh
-    if mesh.ndim != 1 or mesh.get_group(0).group_name != group_name:
+    if mesh.ndim != 1 or _group(mesh, 0).group_name != group_name:
         raise ValueError(
             f"{name} must be a plain tensor or a DTensor on a mesh of the ranks that share the vocabulary, got {mesh}"
         )
-    if dtensor.placements[0].is_replicate():
-        return dtensor.to_local(), Split(group_name)
-    gathered = dtensor.redistribute(placements=[Replicate()])
-    return gathered.to_local(grad_placements=[Partial()]), Split(group_name, sum_grad_hidden=False)
+    whole: Tensor = dtensor.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+    return whole
 
 
 def vocab_shard(size: int, token_ids: Tensor, group_name: str) -> VocabShard:
@@ -120,7 +111,7 @@ def vocab_shard(size: int, token_ids: Tensor, group_name: str) -> VocabShard:
         return VocabShard(0, size, size, size)
     group = _resolve(group_name)
     flat_ids = token_ids.flatten()
-    # Different tokens hardly ever have the same sum of products with odd numbers, which wraps around.
+    # A sum weighted with odd numbers, modulo 2^64: a single token that differs always changes it.
     checksum = (flat_ids * (2 * torch.arange(len(flat_ids), device=flat_ids.device) + 1)).sum()
     row = torch.stack([checksum, checksum.new_tensor(size), checksum.new_tensor(len(flat_ids))])
     rows = all_gather_row(row, group, "the sizes of the shards of the vocabulary").tolist()
@@ -128,8 +119,9 @@ def vocab_shard(size: int, token_ids: Tensor, group_name: str) -> VocabShard:
     for other, (other_checksum, _, other_length) in enumerate(rows):
         if (other_checksum, other_length) != (rows[rank][0], rows[rank][2]):
             raise ValueError(
-                "the vocabulary is split over ranks, so that all of them must have the same tokens, got "
-                f"{len(flat_ids)} tokens on rank {rank} and {other_length} others on rank {other}. {FSDP_ADVICE}"
+                "all ranks that share the vocabulary must have the same tokens, got different ones on the ranks "
+                f"{rank} and {other} of the group ({len(flat_ids)} and {other_length} tokens): give them the same "
+                f"batch, or, if FSDP2 has sharded the weight, {FSDP_ADVICE}"
             )
     sizes = [row[1] for row in rows]
     return VocabShard(sum(sizes[:rank]), size, sum(sizes), max(sizes))
@@ -143,11 +135,23 @@ def merge_ranks(state: OnlineLSE, group_name: str) -> None:
         _online_lse.merge(rows.view(len(rows), *numbers.shape), state)
 
 
-def sum_ranks(grad_hidden: Tensor, split: Split) -> Tensor:
-    """Return the gradient with those of the other ranks added in place, with one all-reduce if that is wanted."""
-    if split.group_name and split.sum_grad_hidden:
-        all_reduce_sum(grad_hidden, _resolve(split.group_name), "the gradients of the hidden states")
+def sum_ranks(grad_hidden: Tensor, group_name: str) -> Tensor:
+    """Return the gradient with those of the other ranks added in place, with one all-reduce. Without a group, itself.
+
+    The rows of a trained head share a large mean, which cancels only in the sum over all ranks. Gradients that are
+    rounded before would lose digits.
+    """
+    if group_name:
+        all_reduce_sum(grad_hidden, _resolve(group_name), "the gradients of the hidden states")
     return grad_hidden
+
+
+def _group(mesh: Any, dim: int) -> dist.ProcessGroup:
+    """Return the group of a dimension of a mesh."""
+    group: dist.ProcessGroup = mesh.get_group(dim)
+    if mesh.get_coordinate()[dim] != dist.get_rank(group):  # shards are in the order of the mesh, sizes in the group's
+        raise ValueError(f"the ranks of a mesh must be in ascending order, got {mesh}")
+    return group
 
 
 def _resolve(group_name: str) -> dist.ProcessGroup:

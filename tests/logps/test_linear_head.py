@@ -702,7 +702,7 @@ def test_the_operators_pass_opcheck(with_bias: bool, softcap: float | None) -> N
     """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
     head = random_head(1, 6, 8, 30, "bias" if with_bias else "")
     bias = None if head.bias is None else head.bias.detach()
-    inputs = (head.hidden[0], head.weight, torch.arange(6), bias, torch.float64, 0.5, softcap, "", True, True)
+    inputs = (head.hidden[0], head.weight, torch.arange(6), bias, torch.float64, 0.5, softcap, "", True)
     grad_output = torch.randn(6, dtype=torch.float64)
     for keep_bytes in (0, 10**9):
         _, *saved = torch.ops.amapo_loss.head_statistics(*inputs, keep_bytes)

@@ -97,6 +97,13 @@ def test_several_packed_rows_and_rows_of_padding() -> None:
     torch.testing.assert_close(sequence_logps(logits, labels, cu_seqlens=offsets), with_padding)
 
 
+def test_a_sequence_may_go_on_in_the_next_row() -> None:
+    """Offsets count the positions of all rows, as if these were one."""
+    logits, labels, offsets = torch.randn(2, 5, V), torch.randint(V, (2, 5)), torch.tensor([0, 3, 10])
+    expected = sequence_logps(logits.view(1, 10, V), labels.view(1, 10), cu_seqlens=offsets)
+    assert torch.equal(sequence_logps(logits, labels, cu_seqlens=offsets), expected)
+
+
 def test_a_one_token_sequence_with_a_label_is_no_padding() -> None:
     logits, position_ids = torch.randn(1, 4, V), torch.tensor([[0, 1, 2, 0]])
     counted, ignored = torch.tensor([[IGNORE_INDEX, 2, 3, 5]]), torch.tensor([[IGNORE_INDEX, 2, 3, IGNORE_INDEX]])

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
@@ -97,27 +98,32 @@ def test_log_probs_and_gradients_are_those_of_one_process(ranks: int) -> None:
     on_ranks(ranks, check_random_heads, 60)
 
 
-def error_of_confident_tokens(rank: int, group: Any, requires_grad: str) -> tuple[float, float]:
-    """Return the errors of the gradient of the hidden states in bfloat16, with one rank and with all ranks."""
+def errors_of_confident_tokens(rank: int, group: Any, requires_grad: str) -> list[float]:
+    """Return the errors of the gradient of the hidden states in bfloat16: of one rank, all, and sharded tokens."""
     head, target_ids = confident_head(64, 128, 500, shared_mean=3.0, requires_grad=requires_grad)
     expected = head.logits().log_softmax(-1).gather(1, target_ids[:, None]).squeeze(1)
     assert (expected.exp() > 0.99).double().mean() > 0.9
     (expected_gradient, *_) = gradients(expected, head, torch.ones(64))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
     errors = []
-    for rows, vocab_group in ((head, None), (of_rank(head, [100, 250, 150], rank), group)):
-        half = rows.to("cpu", torch.bfloat16)
+    for split, sharded in ((False, False), (True, False), (True, True)):
+        half: Any = (of_rank(head, [100, 250, 150], rank) if split else head).to("cpu", torch.bfloat16)
+        if sharded:
+            hidden = distribute_tensor(half.hidden.detach(), mesh, [Shard(0)]).requires_grad_()
+            half = half._replace(hidden=hidden)
         with tiled("triton", 10_000):  # plain PyTorch converts bfloat16 on a CPU, and a converted head is not frozen
-            logps = linear_token_logps(half.hidden, half.weight, target_ids, vocab_group=vocab_group)
+            logps = linear_token_logps(half.hidden, half.weight, target_ids, vocab_group=group if split else None)
             (gradient, *_) = gradients(logps, half, torch.ones(64))
-        errors.append(relative_error(gradient, expected_gradient))
-    return errors[0], errors[1]
+        errors.append(relative_error(gradient.full_tensor() if sharded else gradient, expected_gradient))  # type: ignore[attr-defined]
+    return errors
 
 
 @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
 def test_gradients_of_confident_tokens_are_as_exact_as_in_one_process(requires_grad: str) -> None:
     """The rows of the weight share a mean. Each rank's part of a gradient is large, and their sum is small."""
-    for of_one, of_all in on_ranks(3, error_of_confident_tokens, requires_grad):
-        assert of_all < 1.05 * of_one, (of_one, of_all)
+    for of_one, of_all, of_sharded in on_ranks(3, errors_of_confident_tokens, requires_grad):
+        assert of_all < 1.05 * of_one
+        assert of_sharded < 1.05 * of_one
 
 
 def check_dtensors(rank: int, group: Any) -> None:
@@ -240,14 +246,15 @@ def test_only_numbers_of_tokens_and_one_gradient_are_sent() -> None:
     frozen = result["frozen"]
     assert frozen["all_gather"] == [sizes, 4 * 3 * 4, 4 * 3 * 4, 2 * 3 * 4]
     assert frozen["all_reduce"] == [4 * 6 * 4, 4 * 6 * 4, 2 * 6 * 4]
-    assert not result["sequence parallel"]["all_reduce"]
-    assert sorted(result["of DTensors"].values()) == [1, 1]
-    assert all("all_gather" in op or "reduce_scatter" in op for op in result["of DTensors"])
+    assert result["sequence parallel"]["all_reduce"] == [gradient]
+    ((operation, count),) = result["of DTensors"].items()  # of the hidden states, and nothing in backward
+    assert "all_gather" in operation
+    assert count == 1
 
 
 def messages(rank: int, group: Any) -> dict[str, str]:
     """Return the message of each error."""
-    mesh, plane = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    mesh, plane, reverse = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1)), DeviceMesh("cpu", [1, 0])
     head, labels, targets = random_head(1, 4, 8, 30, "bias"), random_labels(1, 4, 30), torch.arange(4)
     hidden, weight, bias = head.hidden[0], head.weight.detach(), torch.zeros(30)
     local, others = weight.split(15)[rank], [dist.new_group([i]) for i in (0, 1)][1 - rank]
@@ -260,9 +267,7 @@ def messages(rank: int, group: Any) -> dict[str, str]:
         "no group": lambda: linear_token_logps(hidden, local, targets, vocab_group="tp"),  # type: ignore[call-overload]
         "two groups": lambda: linear_token_logps(hidden, shard(weight), targets, vocab_group=group),
         "another dimension": lambda: linear_token_logps(hidden, shard(weight, Shard(1)), targets),
-        "two sharded dimensions": lambda: linear_token_logps(
-            hidden, shard(weight, Shard(0), Shard(0), mesh=plane), targets
-        ),
+        "ranks in another order": lambda: linear_token_logps(hidden, shard(weight, mesh=reverse), targets),
         "not sharded": lambda: linear_token_logps(hidden, shard(weight, Replicate()), targets),
         "sharded logits": lambda: sequence_logps(shard(head.logits()), labels),
         "a plain bias": lambda: linear_token_logps(hidden, shard(weight), targets, bias),
@@ -290,15 +295,17 @@ def messages(rank: int, group: Any) -> dict[str, str]:
 
 def test_errors() -> None:
     (result, _) = on_ranks(2, messages)
-    other_tokens = "ValueError: the vocabulary is split over ranks, so that all of them must have the same tokens"
+    other_tokens = (
+        "ValueError: all ranks that share the vocabulary must have the same tokens, got different ones on the ranks"
+    )
     prefixes = {
         "a group of others": "TypeError: vocab_group must be a torch.distributed group that this rank belongs to",
         "no group": "TypeError: vocab_group must be a torch.distributed group",
         "two groups": "ValueError: vocab_group must be None for a DTensor, whose mesh has the group",
-        "another dimension": "ValueError: weight must be a plain tensor or a DTensor that one dimension",
-        "two sharded dimensions": "ValueError: weight must be a plain tensor or a DTensor that one dimension",
-        "not sharded": "ValueError: weight must be a plain tensor or a DTensor that one dimension",
-        "sharded logits": "ValueError: logits must be a plain tensor or a DTensor that one dimension",
+        "another dimension": "ValueError: weight must be a plain tensor or a DTensor that is sharded on the vocabulary",
+        "not sharded": "ValueError: weight must be a plain tensor or a DTensor that is sharded on the vocabulary",
+        "sharded logits": "ValueError: logits must be a plain tensor or a DTensor that is sharded on the vocabulary",
+        "ranks in another order": "ValueError: the ranks of a mesh must be in ascending order",
         "a plain bias": "ValueError: bias must be split over ranks as weight is",
         "hidden of a plain head": "TypeError: hidden must be a plain tensor, got a DTensor: pass hidden.full_tensor()",
         "hidden on another mesh": "ValueError: hidden must be a plain tensor or a DTensor on a mesh of the ranks",
@@ -328,6 +335,10 @@ def check_data_and_tensor_parallel(rank: int, group: Any) -> None:
     logps = split.sequence_logps(labels[mine])
     actual = amapo_loss(*logps.chunk(2), process_group=mesh["dp"].get_group())
     torch.testing.assert_close(actual.diagnostics.statistics, expected.diagnostics.statistics)
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(0)]):  # nobody would add up the gradients over dp
+        on_the_whole_mesh = distribute_tensor(head.weight.detach(), mesh, placements)
+        with pytest.raises(ValueError, match="over a mesh of one dimension, got the placements"):
+            linear_sequence_logps(split.hidden, on_the_whole_mesh, labels[mine])
     grad_hidden, grad_weight = gradients(actual.loss, split, torch.tensor(1.0))
     # As DDP does: the mean over the data-parallel ranks.
     torch.testing.assert_close(grad_hidden / 2, expected_gradients[0][mine])
@@ -338,3 +349,32 @@ def check_data_and_tensor_parallel(rank: int, group: Any) -> None:
 
 def test_statistics_over_the_data_parallel_ranks_only() -> None:
     on_ranks(4, check_data_and_tensor_parallel)
+
+
+class LogProbs(torch.nn.Module):
+    """A head with its log-probs in forward, where FSDP2 has gathered the weight. `docs/scale.md` shows the pattern."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return linear_sequence_logps(hidden, self.weight, labels)
+
+
+def check_fsdp(rank: int, group: Any) -> None:
+    """The ranks have other pairs, and FSDP2 shards the weight, adds up its gradients and averages them."""
+    head, labels = random_head(8, 6, 5, 30, "hidden weight"), random_labels(8, 6, 30)
+    expected = amapo_loss(*head.sequence_logps(labels).chunk(2))
+    (_, expected_gradient) = gradients(expected.loss, head, torch.tensor(1.0))
+    mine = torch.tensor([0, 1, 4, 5]) + 2 * rank
+    module: Any = fully_shard(LogProbs(head.weight.detach()), mesh=init_device_mesh("cpu", (2,)))
+    logps = module(head.hidden.detach()[mine], labels[mine])
+    amapo_loss(*logps.chunk(2), process_group=group).loss.backward()
+    torch.testing.assert_close(module.weight.grad.full_tensor(), expected_gradient)
+    with pytest.raises(ValueError, match="call this inside the forward of the module that holds the weight"):
+        linear_sequence_logps(head.hidden.detach()[mine], module.weight, labels[mine])
+
+
+def test_a_head_that_fsdp2_shards() -> None:
+    on_ranks(2, check_fsdp)
