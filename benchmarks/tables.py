@@ -330,7 +330,7 @@ def weak_scaling_table() -> str:
         )
         for row in load("scaling_cpu")["measured"]
     ]
-    header = ("processes", "", "ms", "all-gathers", "all-reduces", "bytes received per process")
+    header = ("processes", "step", "ms", "all-gathers", "all-reduces", "bytes received per process")
     return markdown(header, rows, numbers_from=2)
 
 

@@ -30,7 +30,7 @@ EXAMPLES = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     if not re.search(rf"^from ({'|'.join(FRAMEWORKS)})\b", code, flags=re.MULTILINE)
 ]
-ON_RANKS = [example for example in EXAMPLES if "init_device_mesh" in example.code]
+ON_RANKS = [example for example in EXAMPLES if re.search("init_device_mesh|fully_shard", example.code)]
 
 
 def example_containing(text: str, page: str) -> str:
@@ -71,16 +71,19 @@ REPLACEMENTS = {
 }
 
 
-def run_on_a_rank(rank: int, group: Any, code: str) -> list[torch.Tensor]:
-    """Run an example for several ranks and return the gradients of its hidden states and its weight."""
-    names: dict[str, Any] = {}
+def run_on_a_rank(rank: int, group: Any, code: str, folder: Path) -> list[torch.Tensor]:
+    """Run an example for several ranks, and return the gradients of its hidden states and its weight."""
+    names = names_of_the_reader(folder) if "model" in code else {}
     exec(code, names)
+    if "policy" in names:
+        names["chosen_logps"].sum().backward()
+        return [names["model"].lm_head.weight.grad.full_tensor()]
     return [names["hidden"].grad, names["weight"].grad.full_tensor()]
 
 
 @pytest.mark.parametrize("example", ON_RANKS, ids=lambda example: f"{example.page}-{example.number}")
-def test_the_example_runs_on_two_ranks(example: Example) -> None:
-    of_first, of_second = on_ranks(2, run_on_a_rank, example.code)
+def test_the_example_runs_on_two_ranks(example: Example, tmp_path: Path) -> None:
+    of_first, of_second = on_ranks(2, run_on_a_rank, example.code, tmp_path)
     for gradient, other in zip(of_first, of_second):
         assert torch.equal(gradient, other)
         assert gradient.any()
