@@ -199,7 +199,8 @@ def check_compiled(rank: int, group: Any) -> None:
             return linear_sequence_logps(hidden, weight, labels, bias, vocab_group=group)
 
         expected = step(*head.leaves)
-        logps = compiled(*head[:3])
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # needed before torch 2.10
+            logps = compiled(*head[:3])
         torch.testing.assert_close([logps, *torch.autograd.grad(logps.sum(), head.leaves)], expected)
 
 
