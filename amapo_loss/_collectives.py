@@ -1,4 +1,4 @@
-"""The collectives of this library, with one sentence for the error that a missing rank causes.
+"""The all-gather and the all-reduce of this library, with errors that name what was sent.
 
 Depends only on torch and the argument checks.
 """

@@ -307,12 +307,12 @@ def scale_table() -> str:
             rows.append((row["head"], str(row["ranks"]), *cells))
     header = (
         "weight and gradient, GiB",
-        "workspace: split, GiB",
-        "gathered logits, GiB",
-        "received: split, GiB",
-        "gathered logits, GiB",
+        "workspace, GiB: split",
+        "workspace, GiB: gathered logits",
+        "received, GiB: split",
+        "received, GiB: gathered logits",
         "TFLOP: split",
-        "gathered logits",
+        "TFLOP: gathered logits",
     )
     return markdown(("", "ranks", *header), rows)
 

@@ -75,8 +75,8 @@ def sequence_logps(
             `cu_seqlens[s + 1]` of the N * T positions, as in FlashAttention. Positions behind the last offset count for
             no sequence.
         position_ids: [N, T] int32 or int64, for packed rows, in place of `cu_seqlens`: a sequence starts at the start
-            of each row, and wherever a number is not one more than the number before it. One-token sequences at the end
-            of a row whose label is `ignore_index` are padding, and so is a row that has nothing else. Padding on the
+            of each row, and wherever a number is not one more than the number before it. At the end of a row, one-token
+            sequences with the label `ignore_index` are padding, and so is a row that has nothing else. Padding on the
             left would be taken for sequences. This waits for a GPU once, to count the sequences.
         return_entropy: also return the entropy of the distributions that predict the counted tokens, summed or averaged
             like the log-probs. It comes from the same pass and has no gradient.
@@ -373,7 +373,7 @@ def _predicted_labels(
     if not shift:
         return labels
     # A packed sequence may go on in the next row.
-    return _shift_labels(labels.reshape(1, -1) if packing else labels, ignore_index).view_as(labels)
+    return _shift_labels(labels.reshape(1, -1) if packing is not None else labels, ignore_index).view_as(labels)
 
 
 def _reduce_tokens(
@@ -386,7 +386,7 @@ def _reduce_tokens(
     if packing is None:
         sums, counts = values.view_as(counted).sum(1), counted.sum(1)
     else:
-        sums, counts = packing.sums(values), packing.sums(counted.flatten())
+        sums, counts = packing.sums(values), packing.sums(counted.flatten().long())
     return sums / counts.clamp(min=1) if average else sums
 
 

@@ -1,6 +1,6 @@
 """Rows that hold several sequences one after the other, as padding-free batches do.
 
-Depends on torch and the argument checks.
+Depends on torch, the argument checks and the moments, which have the dtype of sums.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Packing(NamedTuple):
     ) -> "Packing":
         """Return the packing in which a sequence starts wherever a position does not follow the one before it.
 
-        One-token sequences at the end of a row whose label does not count are padding, which belongs to no sequence.
+        At the end of a row, one-token sequences with an ignored label are padding, which belongs to no sequence.
         """
         is_start = torch.ones_like(is_ignored)
         is_start[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -80,10 +80,10 @@ class Packing(NamedTuple):
         values: Tensor,  # [N * T]
     ) -> Tensor:
         """Return the sum over each sequence [S]."""
-        # On a GPU, the order of the additions changes from run to run. In float64 this does not reach the result.
-        dtype = sum_dtype(values.device) if values.is_floating_point() else torch.int64
+        # On a GPU, the order of the additions changes from run to run. In float64 this hardly ever changes the result.
+        dtype = sum_dtype(values.device) if values.is_floating_point() else values.dtype
         sums = values.new_zeros(self.num_sequences + 1, dtype=dtype).index_add(0, self.sequence_of, values.to(dtype))
-        return sums[:-1].to(values.dtype) if values.is_floating_point() else sums[:-1]
+        return sums[:-1].to(values.dtype)
 
 
 @torch.library.custom_op("amapo_loss::sequence_of_positions", mutates_args=())

@@ -61,13 +61,12 @@ def local_shard(
         raise ValueError(f"vocab_group must be None for a DTensor, whose mesh has the group, and {name} is a DTensor")
     dtensor: Any = value
     # On a further dimension of the mesh, ranks have other tokens, and nobody would add up their gradients.
-    mesh_dims = [i for i in range(dtensor.device_mesh.ndim) if dtensor.device_mesh.size(i) > 1] or [0]
-    if len(mesh_dims) > 1 or not dtensor.placements[mesh_dims[0]].is_shard(dim):
+    if dtensor.device_mesh.ndim != 1 or not dtensor.placements[0].is_shard(dim):
         raise ValueError(
             f"{name} must be a plain tensor or a DTensor that is sharded on the vocabulary over a mesh of one "
             f"dimension, got the placements {tuple(dtensor.placements)} on {dtensor.device_mesh}: {advice}"
         )
-    return dtensor.to_local(), _group(dtensor.device_mesh, mesh_dims[0]).group_name
+    return dtensor.to_local(), _group(dtensor.device_mesh).group_name
 
 
 def gather_hidden(
@@ -77,7 +76,7 @@ def gather_hidden(
 ) -> Tensor:
     """Return the hidden states of all tokens. Those of a DTensor that is sharded on its tokens are gathered.
 
-    The head makes the whole gradient on each rank. The backward pass of this takes the part of the rank's own tokens.
+    The head gives each rank the whole gradient. In backward, the rank keeps the part of its own tokens.
 
     Raises:
         TypeError: if the head is not split and `hidden` is a DTensor.
@@ -91,7 +90,7 @@ def gather_hidden(
 
     dtensor: Any = hidden
     mesh = dtensor.device_mesh
-    if mesh.ndim != 1 or _group(mesh, 0).group_name != group_name:
+    if mesh.ndim != 1 or _group(mesh).group_name != group_name:
         raise ValueError(
             f"{name} must be a plain tensor or a DTensor on a mesh of the ranks that share the vocabulary, got {mesh}"
         )
@@ -135,21 +134,20 @@ def merge_ranks(state: OnlineLSE, group_name: str) -> None:
         _online_lse.merge(rows.view(len(rows), *numbers.shape), state)
 
 
-def sum_ranks(grad_hidden: Tensor, group_name: str) -> Tensor:
-    """Return the gradient with those of the other ranks added in place, with one all-reduce. Without a group, itself.
+def sum_ranks(grad_hidden: Tensor, group_name: str) -> None:
+    """Add up the gradients of all ranks, in place, with one all-reduce. Without a group, do nothing.
 
-    The rows of a trained head share a large mean, which cancels only in the sum over all ranks. Gradients that are
-    rounded before would lose digits.
+    The rows of a trained head share a large mean, which cancels only in this sum. Gradients that are rounded before it
+    would lose digits.
     """
     if group_name:
         all_reduce_sum(grad_hidden, _resolve(group_name), "the gradients of the hidden states")
-    return grad_hidden
 
 
-def _group(mesh: Any, dim: int) -> dist.ProcessGroup:
-    """Return the group of a dimension of a mesh."""
-    group: dist.ProcessGroup = mesh.get_group(dim)
-    if mesh.get_coordinate()[dim] != dist.get_rank(group):  # shards are in the order of the mesh, sizes in the group's
+def _group(mesh: Any) -> dist.ProcessGroup:
+    """Return the group of a mesh of one dimension."""
+    group: dist.ProcessGroup = mesh.get_group()
+    if mesh.get_coordinate()[0] != dist.get_rank(group):  # shards are in the order of the mesh, sizes in the group's
         raise ValueError(f"the ranks of a mesh must be in ascending order, got {mesh}")
     return group
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.speed.scaling
 
-The formulas give the cost of one rank for the heads of large models. tests/repository/test_scaling.py checks each of
-them against what small heads really compute, hold and send. The measurement is one of weak scaling: every process has
-the same number of rows of the vocabulary and of pairs, so that the time of a step would be the same for any number of
-processes if each had cores of its own. On fewer cores, it grows with their share. The script prints both tables and
-writes JSON.
+The formulas give the cost of one rank for the heads of large models. tests/repository/test_scaling.py compares each of
+them with what small heads really compute, hold and send. The measurement is one of weak scaling: every process has the
+same number of rows of the vocabulary and of pairs, and so the same products with a split vocabulary. The time still
+grows, with the communication and with processes that share a core. The script prints the measurement, and writes both
+to JSON.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def vocab_parallel_cost(head: Head, ranks: int, trainable: bool, device: str = "
 def gathered_logits_cost(head: Head, ranks: int, trainable: bool) -> Cost:
     """Return the cost of gathering the logits of all ranks.
 
-    The workspace is the least that a function of gathered logits holds: the logits and their gradient.
+    The workspace counts the logits and their gradient only.
     """
     n, width, rows = head.tokens, head.width, -(-head.vocabulary // ranks)
     local_logits, all_logits = (n * columns * head.element_bytes for columns in (rows, rows * ranks))
@@ -95,6 +95,11 @@ def gathered_logits_cost(head: Head, ranks: int, trainable: bool) -> Cost:
 def gathered(sent_bytes: float, ranks: int) -> float:
     """Return the bytes that a rank receives in a ring all-gather to which each rank contributes `sent_bytes`."""
     return (ranks - 1) * sent_bytes
+
+
+def received_bytes(contributed: dict[str, list[int]], ranks: int) -> float:
+    """Return the bytes that a rank receives in the collectives of `recorded_collectives`."""
+    return gathered(sum(contributed["all_gather"]), ranks) + reduced(sum(contributed["all_reduce"]), ranks)
 
 
 def reduced(tensor_bytes: float, ranks: int) -> float:
@@ -190,8 +195,7 @@ def measure(rows: int, tokens: int, width: int, pairs: int, rounds: int) -> list
                 step().sum().backward()
             seconds.append(time.perf_counter() - start)
         counts = {kind: len(sizes) for kind, sizes in contributed.items()}
-        received = gathered(sum(contributed["all_gather"]), group.size())
-        received += reduced(sum(contributed["all_reduce"]), group.size())
+        received = received_bytes(contributed, group.size())
         ms = 1e3 * statistics.median(seconds[1:])
         results.append({"step": name, "ms": ms, "collectives": counts, "received_bytes": received})
     dist.destroy_process_group()
@@ -231,7 +235,7 @@ def cost_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print what the formulas say, measure weak scaling, print it and write both."""
+    """Measure weak scaling, print it, and write it with what the formulas say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of processes")
     parser.add_argument("--rows", type=int, default=4000, help="rows of the vocabulary of each process")

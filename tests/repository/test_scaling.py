@@ -68,8 +68,7 @@ def measured_costs(rank: int, group: Any) -> dict[str, dict[str, float]]:
                     if name == "split vocabulary"
                     else gathered_logits_cost(SMALL, ranks, trainable)
                 )
-            received = scaling.gathered(sum(contributed["all_gather"]), ranks)
-            received += scaling.reduced(sum(contributed["all_reduce"]), ranks)
+            received = scaling.received_bytes(contributed, ranks)
             costs[f"{name}, {trainable=}"] = {
                 "flops": flops / cost.flops,
                 "weight_bytes": (weight.nbytes + grad_weight_bytes) / cost.weight_bytes,
