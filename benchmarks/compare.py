@@ -46,7 +46,7 @@ class Answers(NamedTuple):
 
 def answers(model: nn.Module, texts: Texts, indices: Tensor) -> Answers:
     """Run the model on the texts with these indices [N]."""
-    tokens, labels = texts.select(indices)
+    tokens, labels, _ = texts.select(indices)
     logits = model(tokens)
     sums, counted = sequence_logps(logits, labels, average=False), labels >= 0
     lengths = counted.sum(1)

@@ -41,6 +41,13 @@ def write_picture(path: Path, figure: Figure) -> None:
     write_whole(path, picture.getvalue())
 
 
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Write a dictionary that contains tensors, for `torch.load`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically.
 

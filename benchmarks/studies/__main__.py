@@ -29,7 +29,17 @@ from benchmarks.studies.sweep import Run, Settings, available_cores, load, sweep
 matplotlib.use("Agg")  # draws without a display, which servers do not have
 import matplotlib.pyplot as plt
 
-DEFAULTS: dict[str, Any] = {"learning_rate": 3e-4, "imitation_learning_rate": 2e-3, "generated": 4096}
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": [3e-4],
+    "imitation_steps": 0,
+    "imitation_learning_rate": 2e-3,
+    "generated": 4096,
+    "width": 0,  # the size of the built-in model is 0 with --model
+    "layers": 0,
+    "trained_blocks": 0,
+    "train_pairs": None,
+    "eval_pairs": None,
+}
 SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS or add to them
     "smoke": {  # takes seconds, to check that the files and the model work
         "width": 16,
@@ -62,7 +72,18 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
         "imitation_steps": 300,
         "steps": 64,
         "batch_size": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": [1e-3],
+        "probe_every": 8,
+        "seeds": 3,
+    },
+    "pretrained": {  # takes hours on two cores, for real pairs and the model of `make pretrained`
+        "max_prompt": 80,
+        "max_answer": 128,
+        "steps": 24,
+        "batch_size": 32,
+        "trained_blocks": 2,
+        "train_pairs": 768,
+        "eval_pairs": 400,
         "probe_every": 8,
         "seeds": 3,
     },
@@ -74,7 +95,7 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
         "imitation_steps": 2000,
         "steps": 250,
         "batch_size": 128,
-        "learning_rate": 1e-4,
+        "learning_rate": [1e-4],
         "imitation_learning_rate": 5e-4,
         "probe_every": 25,
         "seeds": 5,
@@ -83,13 +104,15 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
 OVERRIDES = {  # options that replace a value of the scale: their type and help
     "steps": (int, "steps of preference training"),
     "batch_size": (int, "pairs per step of preference training, and texts per step of imitation"),
-    "learning_rate": (float, "learning rate of preference training"),
     "imitation_steps": (int, "steps of supervised fine-tuning before preference training; 0 by default with --model"),
     "imitation_learning_rate": (float, "learning rate of the imitation steps"),
     "max_prompt": (int, "tokens kept from the end of a prompt; the built-in model's tokens are bytes"),
     "max_answer": (int, "tokens kept from the start of an answer"),
     "width": (int, "hidden size of the built-in model"),
     "layers": (int, "number of layers of the built-in model"),
+    "trained_blocks": (int, "train only so many blocks of --model, counted from the last one; 0 trains all weights"),
+    "train_pairs": (int, "largest number of training pairs"),
+    "eval_pairs": (int, "largest number of validation pairs, and of pairs of each file of the evaluation"),
     "seeds": (int, "number of seeds; each seed has its own checkpoint and its own order of the pairs"),
 }
 
@@ -109,13 +132,35 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--eval", type=Path, help="held-out pairs, in the format of --data")
     parser.add_argument("--rm-bench", type=Path, nargs="+", default=[], help="RM-Bench files to evaluate on as well")
     parser.add_argument(
+        "--also-eval",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="other files in the format of --data to evaluate on as well",
+    )
+    parser.add_argument(
         "--model",
         type=Path,
         help="directory of a Hugging Face causal language model. It is the checkpoint that preference training starts "
         "from, unless --imitation-steps is given. It needs --learning-rate. (default: a small byte model)",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, help="size of the experiment (default: small for generated pairs, medium for --data)"
+        "--scale",
+        choices=SCALES,
+        help="size of the experiment (default: pretrained with --model, else medium with --data, else small)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        nargs="+",
+        help="learning rate of preference training (default: given by --scale). With several, each loss gets the one "
+        "with the highest accuracy on the validation pairs after one run",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of the matrix products of --model; weights and sums stay in float32 (default: bfloat16 where the "
+        "device multiplies it fast, else float32)",
     )
     for name, (value_type, description) in OVERRIDES.items():
         parser.add_argument(
@@ -141,25 +186,50 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     args = parser.parse_args(arguments)
     if (args.data is None) != (args.eval is None):
         parser.error("--data and --eval must be given together")
-    if args.rm_bench and not args.data:
-        parser.error("--rm-bench needs --data and --eval: a model of generated pairs has not learned natural language")
+    if (args.rm_bench or args.also_eval) and not args.data:
+        parser.error(
+            "--rm-bench and --also-eval need --data and --eval: a model of generated pairs has not learned natural "
+            "language"
+        )
     if args.model and args.learning_rate is None:
         parser.error("--model needs --learning-rate: the default is far too large for a pretrained model")
     if args.model and (args.width or args.layers):
         parser.error("--width and --layers set the size of the built-in model and cannot be combined with --model")
 
-    values = DEFAULTS | SCALES[args.scale or ("medium" if args.data else "small")]
+    if args.trained_blocks and not args.model:
+        parser.error("--trained-blocks needs --model")
+
+    values = DEFAULTS | SCALES[args.scale or ("pretrained" if args.model else "medium" if args.data else "small")]
     if args.model:
-        values["imitation_steps"] = 0
-    values |= {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    for name in ("steps", "batch_size", "max_prompt", "max_answer", "width", "layers", "seeds"):
-        if values[name] < 1:
+        values |= {"imitation_steps": 0, "width": 0, "layers": 0}
+    options = (*OVERRIDES, "learning_rate")
+    values |= {name: getattr(args, name) for name in options if getattr(args, name) is not None}
+    optional = ("imitation_steps", "width", "layers", "trained_blocks", "imitation_learning_rate")
+    for name, (value_type, _) in OVERRIDES.items():
+        if value_type is int and name not in optional and values[name] is not None and values[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values[name]}")
+    args.learning_rates = values["learning_rate"]
+    values["learning_rate"] = args.learning_rates[0]
     seeds = values.pop("seeds")
-    settings = Settings(args.data, args.eval, tuple(args.rm_bench), args.model, **values)
+    settings = Settings(
+        data=args.data,
+        eval=args.eval,
+        rm_bench=tuple(args.rm_bench),
+        also_eval=tuple(args.also_eval),
+        model=args.model,
+        dtype=(args.dtype or fast_dtype(args.device)) if args.model else "float32",
+        **values,
+    )
     args.out = args.out or RESULTS / ("studies_own" if args.data else "studies")
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else available_cores())
     return args, settings, seeds
+
+
+def fast_dtype(device: str) -> str:
+    """Return "bfloat16" if the device has instructions for its matrix products, else "float32"."""
+    if device == "cpu":
+        return "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "float32"
+    return "bfloat16"
 
 
 def main() -> None:
@@ -197,9 +267,8 @@ def run_study(
                 f"{num_truncated} of {len(data.texts[group].tokens)} texts ({group}) are longer than "
                 f"--max-prompt {settings.max_prompt} or --max-answer {settings.max_answer} and are truncated"
             )
-    runs = sweep(settings, study.treatments, seeds, args.jobs, args.store, args.device)
-    if not study.needs_curves:
-        runs = [run.without_curves() for run in runs]
+    result = sweep(settings, study.treatments, seeds, args.jobs, args.store, args.device, args.learning_rates)
+    runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
         "asks": study.question,
         "settings": {
@@ -212,7 +281,8 @@ def run_study(
             band: len(indices_in_band(data.corpus.held_out, bounds)) for band, bounds in BANDS.items()
         },
         "texts cut": data.num_truncated,
-        "treatments": {treatment: asdict(fields) for treatment, fields in study.treatments.items()},
+        "treatments": {treatment: asdict(fields) for treatment, fields in result.treatments.items()},
+        "tuning of the learning rates on the validation pairs": result.tuning,
         "runs": [run.to_json() for run in runs],
     }
     write_json(path, "benchmarks.studies", record)

@@ -9,8 +9,9 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 KEYS = ("prompt", "chosen", "rejected")
 STYLES = ("concise", "plain", "markdown")
 
@@ -49,6 +50,7 @@ class Corpus(NamedTuple):
     validation: list[Pair]  # for the choice of hyperparameters
     held_out: list[Pair]  # for the evaluation
     styled: dict[str, list[StyledPair]]  # for the evaluation by style, keyed by the name of the file
+    further: dict[str, list[Pair]]  # for the evaluation on other tasks, keyed by the name of the file
 
 
 # The model first imitates a demonstrator, who sometimes slips: the demonstrator then gives the answer that the
@@ -160,7 +162,7 @@ def generated_corpus(pairs: int, held_out: int, demonstrations: int, seed: int) 
         for pair in rng.choices(train, k=demonstrations)
     ]
     styled = {"styles": [_in_styles(pair) for pair in held_out_pairs[:128]]}
-    return Corpus(demonstrated, train, validation, held_out_pairs, styled)
+    return Corpus(demonstrated, train, validation, held_out_pairs, styled, further={})
 
 
 def _generated_pair(difficulty: str, adjective: int, animal: int, place: str) -> Pair:
@@ -180,7 +182,14 @@ def _in_styles(pair: Pair) -> StyledPair:
     return StyledPair(pair.prompt, styles(pair.chosen), styles(pair.rejected))
 
 
-def file_corpus(train: Path, held_out: Path, styled: Sequence[Path] = ()) -> Corpus:
+def file_corpus(
+    train: Path,
+    held_out: Path,
+    styled: Sequence[Path] = (),
+    further: Sequence[Path] = (),
+    train_pairs: int | None = None,
+    eval_pairs: int | None = None,
+) -> Corpus:
     """Read a corpus from files.
 
     A tenth of the training prompts is for validation. The chosen answers of the other training prompts are also the
@@ -190,11 +199,34 @@ def file_corpus(train: Path, held_out: Path, styled: Sequence[Path] = ()) -> Cor
         train: preference file for training and validation, see `read_pairs`.
         held_out: preference file for the evaluation.
         styled: RM-Bench files for the evaluation by style, see `read_rm_bench`.
+        further: other preference files for the evaluation.
+        train_pairs: largest number of training pairs; None keeps all of them. See `sample`.
+        eval_pairs: the same for the validation pairs and for each file of the evaluation. An RM-Bench entry counts as
+            three pairs, because it has six answers.
     """
-    train_pairs, validation = split_off_validation(list(read_pairs(train)))
-    demonstrations = [(pair.prompt, pair.chosen) for pair in train_pairs]
-    rm_bench = {path.name.partition(".")[0]: read_rm_bench(path) for path in styled}
-    return Corpus(demonstrations, train_pairs, validation, list(read_pairs(held_out)), rm_bench)
+    entries = None if eval_pairs is None else -(-eval_pairs // 3)
+    train_part, validation = split_off_validation(list(read_pairs(train)))
+    train_part = sample(train_part, train_pairs)
+    return Corpus(
+        demonstrations=[(pair.prompt, pair.chosen) for pair in train_part],
+        train=train_part,
+        validation=sample(validation, eval_pairs),
+        held_out=sample(list(read_pairs(held_out)), eval_pairs),
+        styled={name_of(path): sample(read_rm_bench(path), entries) for path in styled},
+        further={name_of(path): sample(list(read_pairs(path)), eval_pairs) for path in further},
+    )
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a file without its extensions, as it stands in tables."""
+    return path.name.partition(".")[0]
+
+
+def sample(items: list[T], count: int | None) -> list[T]:
+    """Return `count` of the items, drawn once and for all, in their order; all of them if there are no more."""
+    if count is None or len(items) <= count:
+        return items
+    return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), count))]
 
 
 def split_off_validation(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:

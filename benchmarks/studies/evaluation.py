@@ -33,7 +33,7 @@ def evaluate(
         treatment: the loss that the model was trained with.
         corpus: the pairs.
         texts: the tensors of the styled pairs, by name.
-        policy: log-probs and lengths under the model, for "validation", "held out" and the name of each styled file.
+        policy: log-probs and lengths under the model, for "validation", "held out" and the name of each other file.
         ref: the same under the reference.
     """
     ranking = as_pairs(*policy["held out"]).ranking()
@@ -41,15 +41,19 @@ def evaluate(
     pairs = corpus.held_out
     chosen_rewards, rejected_rewards = treatment.rewards(*policy["held out"], ref["held out"][0]).chunk(2)
     metrics: Metrics = {
-        "validation": (as_pairs(*policy["validation"]).ranking() > 0).double().mean().item(),
+        "validation": accuracy(policy["validation"]),
         "held out": is_correct.mean().item(),
         "held out, own score": (chosen_rewards > rejected_rewards).double().mean().item(),
         "ranking mean": ranking.mean().item(),
         "ranking std": ranking.std().item(),
-        "chosen log-prob": (policy["held out"][0] / policy["held out"][1]).chunk(2)[0].mean().item(),
+        "chosen log-prob": chosen_logp(policy["held out"]),
         "bands": {name: mean_at(is_correct, indices_in_band(pairs, band)) for name, band in BANDS.items()},
         "sources": {source: mean_at(is_correct, indices) for source, indices in indices_by_source(pairs).items()},
         "correlations": confidence_correlations(policy["held out"], pairs),
+        "further": {
+            name: {"accuracy": accuracy(policy[name]), "chosen log-prob": chosen_logp(policy[name])}
+            for name in corpus.further
+        },
         "styles": {},
     }
     for name in corpus.styled:
@@ -59,6 +63,16 @@ def evaluate(
         rewards = treatment.rewards(sums, lengths, ref[name][0])
         metrics["styles"][name]["own score"] = style_accuracies(rewards, identical)
     return metrics
+
+
+def accuracy(answers: AnswerLogps) -> float:
+    """Return the share of pairs that are ranked correctly by the average log-prob."""
+    return (as_pairs(*answers).ranking() > 0).double().mean().item()
+
+
+def chosen_logp(answers: AnswerLogps) -> float:
+    """Return the mean of the chosen answers' average log-probs, nats per token."""
+    return (answers[0] / answers[1]).chunk(2)[0].mean().item()
 
 
 def mean_at(values: Tensor, indices: list[int]) -> float | None:

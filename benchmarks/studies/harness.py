@@ -1,24 +1,29 @@
 """Train a model in the two phases of a study: imitation, then preference training with one of the losses.
 
-Depends on torch, rich, amapo_loss, and on estimators.py and models.py.
+Depends on torch, rich, amapo_loss, benchmarks.record, and on estimators.py and models.py.
 
 Every result is a function of the arguments alone. With one thread, the same seed gives bitwise the same numbers.
 """
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from amapo_loss import AdaptiveMargin, AMaPOOutput, amapo_loss, dpo_loss, sequence_logps, simpo_loss
+from amapo_loss import AdaptiveMargin, AMaPOOutput, amapo_loss, dpo_loss, simpo_loss
+from benchmarks.record import write_tensors
 from benchmarks.studies.estimators import estimators
-from benchmarks.studies.models import Texts
+from benchmarks.studies.models import LanguageModel, Texts, length_batches
 
-EVALUATION_BATCH_SIZE = 128  # texts per forward pass without gradients
+EVALUATION_BATCH_SIZE = 128  # largest number of texts per forward pass without gradients
+SAVE_SECONDS = 60  # time between two saved states of a training
 
 Metrics = dict[str, Any]  # the measurements of one run: numbers and nested dictionaries, as in the JSON
 AnswerLogps = tuple[Tensor, Tensor]  # summed log-probs [N] and lengths in tokens [N] of the answers of N texts
@@ -77,6 +82,7 @@ class Treatment:
     """
     micro_batch: int | None = None  # pairs that the statistics are taken over; None: the whole batch
     estimator: str = "itself"  # a key of `estimators.estimators`, which gives the statistics of a micro-batch
+    learning_rate: float | None = None  # None: that of `Optimization`
     flipped: float = 0.0  # share of the training pairs whose answers are swapped
     misranked: float | None = None  # share of each batch that the checkpoint ranks wrongly; None: random batches
 
@@ -135,14 +141,28 @@ class Trace(NamedTuple):
     probes: list[tuple[int, float, float, float]]  # (step, gradient norm of correct pairs, misranked pairs, all pairs)
 
 
-def answer_logps(model: nn.Module, texts: Texts, indices: Tensor) -> AnswerLogps:
-    """Return the summed log-probs and the lengths of the answers with these indices [N], on the model's device."""
-    device = next(model.parameters()).device
-    tokens, labels = (tensor.to(device) for tensor in texts.select(indices))
-    return sequence_logps(model(tokens), labels, average=False), (labels >= 0).sum(1)
+def answer_logps(model: LanguageModel, texts: Texts, indices: Tensor) -> AnswerLogps:
+    """Return the summed log-probs and the lengths of the answers with these indices [N], on the model's device.
+
+    The model reads as many texts at a time as its `forward_tokens` allow. The result keeps the graph of all of them, so
+    a loss over the whole batch has the gradient of one forward pass. With `model.recompute`, the graph holds no
+    activations, and the backward pass computes them again.
+    """
+    selected = texts.select(indices)
+    batches = length_batches(selected.lengths(), model.forward_tokens)
+    sums, device = [], next(model.parameters()).device
+    for batch in batches:
+        part = selected.select(batch)
+        inputs, labels = part.inputs.to(device), part.labels.to(device)
+        if model.recompute and torch.is_grad_enabled():
+            sums.append(checkpoint(model.answer_logps, inputs, labels, use_reentrant=False))
+        else:
+            sums.append(model.answer_logps(inputs, labels))
+    inverse = torch.cat(batches).argsort().to(device)
+    return torch.cat(sums)[inverse], (selected.labels >= 0).sum(1).to(device)
 
 
-def pair_logps(model: nn.Module, texts: Texts, pairs: Tensor) -> Logps:
+def pair_logps(model: LanguageModel, texts: Texts, pairs: Tensor) -> Logps:
     """Return the log-probs of the pairs with these indices [B], on the model's device.
 
     `texts` holds all chosen answers, followed by all rejected answers in the same order.
@@ -151,7 +171,7 @@ def pair_logps(model: nn.Module, texts: Texts, pairs: Tensor) -> Logps:
 
 
 @torch.no_grad()
-def all_logps(model: nn.Module, texts: Texts, description: str = "") -> AnswerLogps:
+def all_logps(model: LanguageModel, texts: Texts, description: str = "") -> AnswerLogps:
     """Return the summed log-probs and the lengths of all answers, on the CPU.
 
     Args:
@@ -159,12 +179,12 @@ def all_logps(model: nn.Module, texts: Texts, description: str = "") -> AnswerLo
         texts: the texts.
         description: title of a progress bar; the default draws no progress bar.
     """
-    batches = torch.arange(len(texts.tokens)).split(EVALUATION_BATCH_SIZE)
+    order = texts.lengths().argsort(stable=True)  # texts of similar length need little padding
     parts = [
         [tensor.cpu() for tensor in answer_logps(model, texts, batch)]
-        for batch in track(batches, description, disable=not description)
+        for batch in track(order.split(EVALUATION_BATCH_SIZE), description, disable=not description)
     ]
-    sums, lengths = map(torch.cat, zip(*parts))
+    sums, lengths = (torch.cat(tensors)[order.argsort()] for tensors in zip(*parts))
     return sums, lengths
 
 
@@ -210,7 +230,7 @@ def composed_batches(misranked: Tensor, share: float, batch_size: int, steps: in
 
 
 def imitate(
-    model: nn.Module,
+    model: LanguageModel,
     texts: Texts,
     steps: int,
     batch_size: int,
@@ -244,15 +264,20 @@ def imitate(
 
 
 def prefer(
-    model: nn.Module,
+    model: LanguageModel,
     treatment: Treatment,
     texts: Texts,
     ref: AnswerLogps,
     optimization: Optimization,
     seed: int = 0,
     description: str = "",
+    state_path: Path | None = None,
+    advance: Callable[[int], None] = lambda pairs: None,
 ) -> Trace:
     """Train the model in place on preference pairs and return what happened at each step.
+
+    With `state_path`, an interrupted training continues from its last saved state, with the same numbers. Estimators
+    that remember earlier scores are not part of this state, so trainings with them start again.
 
     Args:
         model: the checkpoint to start from.
@@ -262,6 +287,8 @@ def prefer(
         optimization: the number of steps, the batch size and the learning rate.
         seed: seed of the order of the pairs and of the choice of flipped pairs.
         description: title of a progress bar; the default draws no progress bar.
+        state_path: file of the training's state, written every `SAVE_SECONDS`. The caller deletes it.
+        advance: called after each step with the number of its pairs.
     """
     num_pairs, device = len(texts.tokens) // 2, next(model.parameters()).device
     if treatment.flipped:
@@ -279,9 +306,19 @@ def prefer(
     is_estimated = treatment.loss == "amapo" and (treatment.micro_batch or treatment.estimator != "itself")
     exact_objective = averaged(amapo_loss, beta=treatment.beta, margin=treatment.margin)
     micro_batches = torch.arange(batch_size, device=device).split(treatment.micro_batch or batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=optimization.learning_rate)
-    records, probes = [], []
-    for step, batch in enumerate(track(list(batches), description, disable=not description)):
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=treatment.learning_rate or optimization.learning_rate)
+    records, probes, first_step, saved_at = [], [], 0, time.monotonic()
+    if treatment.estimator not in ("itself", "median, MAD"):
+        state_path = None
+    if state_path and state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        records, probes, first_step = state["records"], state["probes"], len(state["records"])
+        advance(first_step * batch_size)
+    for step in track(range(first_step, steps), description, disable=not description):
+        batch = batches[step]
         policy, reference = pair_logps(model, texts, batch), ref_pairs.select(batch.to(device))
         outputs = [objective(policy.select(indices), reference.select(indices)) for indices in micro_batches]
         losses = torch.cat([output.loss for output in outputs])
@@ -300,11 +337,16 @@ def prefer(
             exact_weights = exact_objective(detached, reference).diagnostics.gradient_weights
         error = (weights - exact_weights).norm() / exact_weights.norm()
         records.append((ranking, treatment.unified_margin(margins, reference), weights, error))
+        advance(batch_size)
+        if state_path and time.monotonic() - saved_at > SAVE_SECONDS:
+            state = {"trained": trained, "optimizer": optimizer.state_dict(), "records": records, "probes": probes}
+            write_tensors(state_path, state)
+            saved_at = time.monotonic()
     ranking, margins, weights, errors = (torch.stack(tensors).cpu() for tensors in zip(*records))
     return Trace(ranking, margins, weights, errors, probes)
 
 
-def gradient_norms(model: nn.Module, losses: Tensor, ranking: Tensor) -> tuple[float, float, float]:
+def gradient_norms(model: LanguageModel, losses: Tensor, ranking: Tensor) -> tuple[float, float, float]:
     """Return the norms of the parameter gradients that the correct pairs, the misranked pairs and all pairs contribute.
 
     The gradient of a group is that of its summed losses divided by the batch size, so the gradients of the correct and
@@ -316,13 +358,16 @@ def gradient_norms(model: nn.Module, losses: Tensor, ranking: Tensor) -> tuple[f
         ranking: [B] differences of the average log-probs.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norms = []
-    for group in (ranking > 0, ranking <= 0, torch.ones_like(ranking, dtype=torch.bool)):
+
+    def gradients(group: Tensor) -> list[Tensor]:
         group_loss = torch.where(group, losses, 0).sum() / len(losses)
-        gradients = torch.autograd.grad(group_loss, parameters, retain_graph=True, allow_unused=True)
-        norms.append(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]).item())
-    correct, misranked, all_pairs = norms
-    return correct, misranked, all_pairs
+        of_group = torch.autograd.grad(group_loss, parameters, retain_graph=True, allow_unused=True)
+        return [gradient for gradient in of_group if gradient is not None]
+
+    correct, misranked = gradients(ranking > 0), gradients(ranking <= 0)
+    all_pairs = [a + b for a, b in zip(correct, misranked)]
+    correct_norm, misranked_norm, norm = (nn.utils.get_total_norm(g).item() for g in (correct, misranked, all_pairs))
+    return correct_norm, misranked_norm, norm
 
 
 def flip_labels(texts: Texts, ref: AnswerLogps, share: float, seed: int) -> tuple[Texts, AnswerLogps]:
@@ -340,4 +385,4 @@ def flip_labels(texts: Texts, ref: AnswerLogps, share: float, seed: int) -> tupl
     flipped = torch.tensor(random.Random(seed).sample(range(num_pairs), round(share * num_pairs)), dtype=torch.int64)
     order = torch.arange(2 * num_pairs)
     order[flipped], order[flipped + num_pairs] = flipped + num_pairs, flipped
-    return Texts(texts.tokens[order], texts.labels[order]), (ref[0][order], ref[1][order])
+    return texts.select(order), (ref[0][order], ref[1][order])

@@ -3,43 +3,54 @@
 Depends on torch, rich, amapo_loss, benchmarks.record, and on data.py, evaluation.py, harness.py and models.py.
 
 Each seed has one checkpoint, and each combination of treatment and seed is one run. A result is written to a file of
-the store as soon as it is computed, so an interrupted sweep loses only the runs in progress. The name of the file is a
-hash of everything that the result depends on: the settings, the treatment, the seed, the content of the data files, and
-the code.
+the store as soon as it is computed, and a long training saves its state there, so an interrupted sweep loses at most a
+minute of each training in progress. The name of the file is a hash of everything that the result depends on: the
+settings, the treatment, the seed, the content of the data files, and the code.
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
 
 import amapo_loss
-from benchmarks.record import write_whole
+from benchmarks.record import version_of, write_tensors, write_whole
 from benchmarks.studies.data import Corpus, both_answers, file_corpus, generated_corpus
-from benchmarks.studies.evaluation import evaluate, training_metrics
+from benchmarks.studies.evaluation import accuracy, evaluate, training_metrics
 from benchmarks.studies.harness import AnswerLogps, Metrics, Optimization, Treatment, all_logps, imitate, prefer
 from benchmarks.studies.models import (
     BYTES,
     ByteLM,
     HuggingFaceLM,
+    LanguageModel,
     Texts,
     Tokenizer,
     check_fit,
+    frozen_activations,
     hugging_face_tokenizer,
     tensors,
 )
 
 IMITATION = "imitation alone"  # the name of the checkpoints among the treatments
+PROGRESS_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("elapsed,"),
+    TimeRemainingColumn(elapsed_when_finished=False),
+    TextColumn("remaining"),
+)
 # The modules of this folder that decide the numbers of a run. A module missing here could change without a new key, and
 # the store would then return results of the old code.
 RUN_MODULES = ("data", "estimators", "evaluation", "harness", "models", "sweep")
@@ -55,7 +66,12 @@ class Settings:
     data: Path | None  # preference file for training; None: generated pairs and generated styles
     eval: Path | None  # preference file for the evaluation
     rm_bench: tuple[Path, ...]  # RM-Bench files
+    also_eval: tuple[Path, ...]  # other preference files for the evaluation
+    train_pairs: int | None  # largest number of training pairs; None: all
+    eval_pairs: int | None  # largest number of pairs of each group that is evaluated; None: all
     model: Path | None  # directory of a Hugging Face model; None: a byte model with this width and these layers
+    trained_blocks: int  # number of blocks of the Hugging Face model that are trained; 0: all weights
+    dtype: str  # name of the torch dtype of the Hugging Face model's matrix products
     width: int
     layers: int
     max_prompt: int  # tokens kept from the end of a prompt
@@ -98,9 +114,31 @@ class Data(NamedTuple):
     num_truncated: dict[str, int]  # number of truncated texts, same keys
 
 
+class Job(NamedTuple):
+    """What one process does at a time."""
+
+    treatment: Treatment | None  # None: make the checkpoint that all runs of the seed start from
+    seed: int
+    only_validate: bool = False  # whether the trained model is only evaluated on the validation pairs
+
+
+class Sweep(NamedTuple):
+    """All that `sweep` has computed."""
+
+    runs: list[Run]  # those of the checkpoints under the name `IMITATION`, then those of the treatments
+    treatments: dict[str, Treatment]  # with their learning rates, if these were tuned
+    tuning: list[dict[str, Any]]  # one entry for each loss and learning rate; empty if nothing was tuned
+
+
 def sweep(
-    settings: Settings, treatments: dict[str, Treatment], seeds: int, jobs: int, store: Path, device: str
-) -> list[Run]:
+    settings: Settings,
+    treatments: dict[str, Treatment],
+    seeds: int,
+    jobs: int,
+    store: Path,
+    device: str,
+    learning_rates: Sequence[float] = (),
+) -> Sweep:
     """Run every treatment with every seed, starting with the checkpoints.
 
     Args:
@@ -110,82 +148,139 @@ def sweep(
         jobs: number of processes. Each uses one CPU thread, so the results do not depend on this number.
         store: folder of the finished runs.
         device: device of the models.
+        learning_rates: with more than one, each loss gets the one with the highest accuracy on the validation pairs
+            after one run with a seed of its own. See `tuning_group`.
 
-    Returns:
-        The checkpoints' runs under the name `IMITATION`, then those of the treatments.
     """
-    checkpoints: list[tuple[str, Treatment | None, int]] = [(IMITATION, None, seed) for seed in range(seeds)]
-    runs = [(name, treatment, seed) for name, treatment in treatments.items() for seed in range(seeds)]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("remaining"),
-    )
-    metrics: dict[tuple[str, int], Metrics] = {}
-    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        with Progress(*columns) as progress:
-            for description, phase in (("training the checkpoints", checkpoints), ("training the treatments", runs)):
-                bar = progress.add_task(description, total=len(phase))
-                futures = {}
-                for name, treatment, seed in phase:
-                    result_path = store / f"{store_key(settings, treatment, seed, device)}.json"
-                    checkpoint_path = store / f"{store_key(settings, None, seed, device)}.pt"
-                    if result_path.exists():
-                        metrics[name, seed] = json.loads(result_path.read_text())
-                        progress.advance(bar)
-                    else:
-                        future = pool.submit(
-                            perform_run, settings, treatment, seed, device, result_path, checkpoint_path
-                        )
-                        futures[future] = name, seed
-                for future in as_completed(futures):
-                    metrics[futures[future]] = future.result()
-                    progress.advance(bar)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return [Run(name, seed, metrics[name, seed]) for name, _, seed in [*checkpoints, *runs]]
+    with Progress(*PROGRESS_COLUMNS) as progress:
+        data = load(settings)
+        if settings.trained_blocks:
+            total = sum(len(texts.tokens) for texts in data.texts.values())
+            bar = progress.add_task("computing the frozen blocks", total=total)
+            with_activations(settings, data, store, device, lambda texts: progress.advance(bar, texts))
+        spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
+        pairs = spawn.Value("q")
+        pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=initialize_process, initargs=(pairs,))
+
+        def perform(description: str, phase: list[Job]) -> list[Metrics]:
+            return perform_jobs(pool, progress, pairs, description, phase, settings, store, device)
+
+        try:
+            tuned, tuning = len(learning_rates) > 1, list[dict[str, Any]]()
+            seeds_with_checkpoint = [Job(None, seed) for seed in range(seeds + tuned)]
+            checkpoints = perform("training the checkpoints", seeds_with_checkpoint)[:seeds]
+            if tuned:
+                groups = {tuning_group(treatment): treatment for treatment in reversed(treatments.values())}
+                candidates = [
+                    replace(treatment, learning_rate=rate) for treatment in groups.values() for rate in learning_rates
+                ]
+                found = perform("tuning the learning rates", [Job(treatment, seeds, True) for treatment in candidates])
+                best: dict[tuple[str, ...], tuple[float, float]] = {}
+                for treatment, metrics in zip(candidates, found):
+                    group, rate = tuning_group(treatment), treatment.learning_rate or 0
+                    best[group] = max(best.get(group, (0.0, 0.0)), (metrics["validation"], -rate))
+                    curve = metrics["curves"]["accuracy"]
+                    tuning.append(
+                        {"loss": " ".join(group), "learning rate": rate, "validation": metrics["validation"]}
+                        | {"accuracy of each batch before the step": curve}
+                    )
+                treatments = {
+                    name: replace(treatment, learning_rate=-best[tuning_group(treatment)][1])
+                    for name, treatment in treatments.items()
+                }
+            runs = [(name, seed) for name in treatments for seed in range(seeds)]
+            metrics_of_runs = perform("training the treatments", [Job(treatments[name], seed) for name, seed in runs])
+        finally:
+            pool.shutdown(cancel_futures=True)
+    of_checkpoints = [Run(IMITATION, seed, metrics) for seed, metrics in enumerate(checkpoints)]
+    of_treatments = [Run(name, seed, metrics) for (name, seed), metrics in zip(runs, metrics_of_runs)]
+    return Sweep(of_checkpoints + of_treatments, treatments, tuning)
 
 
-def perform_run(
+def tuning_group(treatment: Treatment) -> tuple[str, ...]:
+    """Return what a learning rate is tuned for: the loss, and for AMaPO the formula.
+
+    A study tunes it with the first of its treatments of a group, and all others of the group take the same.
+    """
+    return (treatment.loss, treatment.margin.formula) if treatment.loss == "amapo" else (treatment.loss,)
+
+
+_trained_pairs: Any = None  # in a process of the pool, the counter that all its processes share
+
+
+def initialize_process(trained_pairs: Any) -> None:
+    """Prepare a process of the pool. The counter is for the pairs that all processes have trained on."""
+    global _trained_pairs
+    _trained_pairs = trained_pairs
+    torch.set_num_threads(1)
+
+
+def count_pairs(pairs: int) -> None:
+    """Add to the number of pairs that all processes have trained on."""
+    with _trained_pairs.get_lock():
+        _trained_pairs.value += pairs
+
+
+def perform_jobs(
+    pool: ProcessPoolExecutor,
+    progress: Progress,
+    pairs: Any,
+    description: str,
+    phase: list[Job],
     settings: Settings,
-    treatment: Treatment | None,
-    seed: int,
+    store: Path,
     device: str,
-    result_path: Path,
-    checkpoint_path: Path,
-) -> Metrics:
-    """Perform one run, write its metrics to `result_path`, and return them.
+) -> list[Metrics]:
+    """Perform the jobs that are not in the store yet, and return the metrics of all of them in their order.
 
-    With a treatment, start from the checkpoint in `checkpoint_path`. Without one, make this checkpoint, which all runs
-    of the seed start from.
+    The progress bar counts jobs for checkpoints, and pairs for trainings.
     """
+    paths = [store / f"{store_key(settings, job, device)}.json" for job in phase]
+    missing = {path: job for path, job in zip(paths, phase) if not path.exists()}
+    unit = 1 if phase[0].treatment is None else settings.steps * settings.batch_size
+    found = unit * (len(set(paths)) - len(missing))
+    bar = progress.add_task(description, total=unit * len(set(paths)), completed=found)
+    pairs.value = 0
+    pending = {pool.submit(perform_job, settings, job, device, store) for job in missing.values()}
+    finished = 0
+    while pending:
+        done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        finished += len(done)
+        progress.update(bar, completed=found + (finished if unit == 1 else pairs.value))
+    progress.update(bar, completed=unit * len(set(paths)))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def perform_job(settings: Settings, job: Job, device: str, store: Path) -> None:
+    """Perform a job and write its metrics to the store."""
+    path = store / f"{store_key(settings, job, device)}.json"
+    checkpoint_path = store / f"{store_key(settings, Job(None, job.seed), device)}.pt"
     data = load(settings)
-    if treatment is None:
-        checkpoint = make_checkpoint(settings, data, seed, device)
-        buffer = BytesIO()
-        torch.save(checkpoint, buffer)
-        write_whole(checkpoint_path, buffer.getvalue())
+    if settings.trained_blocks:
+        data = with_activations(settings, data, store, device)
+    if job.treatment is None:
+        checkpoint = make_checkpoint(settings, data, job.seed, device)
+        write_tensors(checkpoint_path, checkpoint)
         metrics = evaluate(Treatment(), data.corpus, data.texts, checkpoint["logps"], checkpoint["logps"])
     else:
         checkpoint = torch.load(checkpoint_path, weights_only=True)
-        model = new_model(settings, seed, device)
+        model = new_model(settings, job.seed, device)
         if checkpoint["state"] is not None:
             model.load_state_dict(checkpoint["state"])
         optimization = Optimization(
             settings.steps, settings.batch_size, settings.learning_rate, settings.probe_every or None
         )
-        ref = checkpoint["logps"]
-        trace = prefer(model, treatment, data.texts["train"], ref["train"], optimization, seed)
-        policy = evaluation_logps(model, data)
-        metrics = evaluate(treatment, data.corpus, data.texts, policy, ref) | training_metrics(trace)
-    write_whole(result_path, json.dumps(metrics).encode())
-    return metrics
+        train, ref, state_path = data.texts["train"], checkpoint["logps"], path.with_suffix(".state")
+        trace = prefer(model, job.treatment, train, ref["train"], optimization, job.seed, "", state_path, count_pairs)
+        if job.only_validate:
+            metrics = {"validation": accuracy(all_logps(model, data.texts["validation"]))}
+        else:
+            metrics = evaluate(job.treatment, data.corpus, data.texts, evaluation_logps(model, data), ref)
+        metrics |= training_metrics(trace)
+    write_whole(path, json.dumps(metrics).encode())
+    path.with_suffix(".state").unlink(missing_ok=True)
 
 
 def make_checkpoint(settings: Settings, data: Data, seed: int, device: str) -> dict[str, Any]:
@@ -194,23 +289,24 @@ def make_checkpoint(settings: Settings, data: Data, seed: int, device: str) -> d
     The weights are None without imitation steps, because `new_model` returns the same ones.
     """
     model = new_model(settings, seed, device)
-    imitate(
-        model,
-        data.texts["demonstrations"],
-        settings.imitation_steps,
-        settings.batch_size,
-        settings.imitation_learning_rate,
-        seed,
-    )
+    if settings.imitation_steps:
+        imitate(
+            model,
+            data.texts["demonstrations"],
+            settings.imitation_steps,
+            settings.batch_size,
+            settings.imitation_learning_rate,
+            seed,
+        )
     logps = evaluation_logps(model, data) | {"train": all_logps(model, data.texts["train"])}
     return {"state": model.state_dict() if settings.imitation_steps else None, "logps": logps}
 
 
-def new_model(settings: Settings, seed: int, device: str) -> nn.Module:
+def new_model(settings: Settings, seed: int, device: str) -> LanguageModel:
     """Return the model before imitation: a byte model initialized with this seed, or the Hugging Face model."""
     torch.manual_seed(seed)
     if settings.model:
-        return HuggingFaceLM(settings.model).to(device)
+        return HuggingFaceLM(settings.model, settings.trained_blocks, getattr(torch, settings.dtype)).to(device)
     return ByteLM(settings.width, settings.layers, 1 + settings.max_prompt + settings.max_answer).to(device)
 
 
@@ -218,7 +314,14 @@ def new_model(settings: Settings, seed: int, device: str) -> nn.Module:
 def load(settings: Settings) -> Data:
     """Load or generate the corpus and convert it to tensors. Each process does this once."""
     if settings.data and settings.eval:
-        corpus = file_corpus(settings.data, settings.eval, settings.rm_bench)
+        corpus = file_corpus(
+            settings.data,
+            settings.eval,
+            settings.rm_bench,
+            settings.also_eval,
+            settings.train_pairs,
+            settings.eval_pairs,
+        )
     else:
         pairs = settings.generated
         corpus = generated_corpus(pairs, held_out=pairs // 4, demonstrations=2 * pairs, seed=0)
@@ -228,10 +331,14 @@ def load(settings: Settings) -> Data:
         "train": both_answers(corpus.train),
         "validation": both_answers(corpus.validation),
         "held out": both_answers(corpus.held_out),
-    } | {
+    }
+    strings |= {name: both_answers(pairs) for name, pairs in corpus.further.items()}
+    strings |= {
         name: [(pair.prompt, answer) for pair in pairs for answer in (*pair.chosen, *pair.rejected)]
         for name, pairs in corpus.styled.items()
     }
+    if settings.imitation_steps == 0:
+        del strings["demonstrations"]
     texts, num_truncated = {}, {}
     for name, prompts_and_answers in strings.items():
         texts[name], num_truncated[name] = tensors(
@@ -242,21 +349,52 @@ def load(settings: Settings) -> Data:
     return Data(corpus, texts, num_truncated)
 
 
-def evaluation_logps(model: nn.Module, data: Data) -> dict[str, AnswerLogps]:
+def with_activations(
+    settings: Settings, data: Data, store: Path, device: str, advance: Callable[[int], None] = lambda texts: None
+) -> Data:
+    """Return the data with the inputs of the model's first trained block, which the store keeps.
+
+    Args:
+        settings: options of all runs, with a Hugging Face model.
+        data: the texts.
+        store: folder of the finished runs.
+        device: device of the model.
+        advance: called with the number of texts that were computed or found.
+    """
+    texts, dtype = {}, getattr(torch, settings.dtype)
+    assert settings.model is not None  # the command line allows trained blocks only with a model
+    for name, group in data.texts.items():
+        inputs = [settings.trained_blocks, settings.dtype, path_digest(settings.model), version_of("transformers")]
+        digest = hashlib.sha256(json.dumps(inputs).encode() + group.tokens.numpy().tobytes()).hexdigest()[:16]
+        path = store / f"{digest}.activations"
+        activations = frozen_activations(settings.model, settings.trained_blocks, group, path, dtype, device, advance)
+        texts[name] = group._replace(activations=activations)
+    return data._replace(texts=texts)
+
+
+def evaluation_logps(model: LanguageModel, data: Data) -> dict[str, AnswerLogps]:
     """Return the log-probs and lengths of all answers that a model is evaluated on."""
-    return {name: all_logps(model, data.texts[name]) for name in ("validation", "held out", *data.corpus.styled)}
+    names = ("validation", "held out", *data.corpus.further, *data.corpus.styled)
+    return {name: all_logps(model, data.texts[name]) for name in names}
 
 
-def store_key(settings: Settings, treatment: Treatment | None, seed: int, device: str) -> str:
-    """Return the name of a run's files in the store, a hash of everything that the result depends on."""
+def store_key(settings: Settings, job: Job, device: str) -> str:
+    """Return the name of a job's files in the store, a hash of everything that the result depends on."""
+    treatment, seed = job.treatment, job.seed
     if treatment is None:
         # A checkpoint does not depend on the options of preference training. With them in its key, a new learning rate
         # would repeat the imitation.
         settings = replace(settings, steps=0, learning_rate=0.0, probe_every=0)
-    paths = [settings.data, settings.eval, *settings.rm_bench, settings.model]
-    numbers = asdict(replace(settings, data=None, eval=None, rm_bench=(), model=None))
+        if settings.imitation_steps == 0 and settings.model:
+            settings, seed = replace(settings, batch_size=0), 0  # all seeds have the same checkpoint
+    elif treatment.learning_rate:
+        # The same rate gives the same run, wherever it was given.
+        settings = replace(settings, learning_rate=treatment.learning_rate)
+        treatment = replace(treatment, learning_rate=None)
+    paths = [settings.data, settings.eval, *settings.rm_bench, *settings.also_eval, settings.model]
+    numbers = asdict(replace(settings, data=None, eval=None, rm_bench=(), also_eval=(), model=None))
     treatment_fields = asdict(treatment) if treatment else None
-    inputs: list[Any] = [numbers, treatment_fields, seed, device, torch.__version__, code_digest()]
+    inputs: list[Any] = [numbers, treatment_fields, seed, job.only_validate, device, torch.__version__, code_digest()]
     inputs += [(path.name, path_digest(path)) if path else None for path in paths]
     return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()[:16]
 
@@ -270,20 +408,30 @@ def path_digest(path: Path) -> str:
     if path.is_dir():
         stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(path.iterdir())]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
-    return content_digest([path])
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @cache
 def code_digest() -> str:
-    """Return a digest of the package's code and of `RUN_MODULES`."""
+    """Return a digest of the code that computes a run: the library without its trainer, and `RUN_MODULES`.
+
+    Comments, docstrings and the layout of the code do not count, so a run survives their change.
+    """
     package, folder = Path(amapo_loss.__file__).parent, Path(__file__).parent
-    run_modules = [folder / f"{name}.py" for name in RUN_MODULES]
-    return content_digest([*sorted(package.rglob("*.py")), *run_modules])
+    library = {*package.rglob("*.py")} - {package / "trl.py", package / "__main__.py"}
+    paths = [*sorted(library), *(folder / f"{name}.py" for name in RUN_MODULES)]
+    return hashlib.sha256("".join(dump_code(path.read_text()) for path in paths).encode()).hexdigest()
 
 
-def content_digest(paths: list[Path]) -> str:
-    """Return one digest of the contents of all files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+def dump_code(source: str) -> str:
+    """Return the syntax tree of Python code as text, without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            is_text = [isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in body]
+            node.body = [line for line, skip in zip(body, is_text) if not skip]  # type: ignore[attr-defined]
+    return ast.dump(tree)
 
 
 def available_cores() -> int:

@@ -87,7 +87,7 @@ def test_generated_pairs_have_the_slip_rates_of_their_difficulty() -> None:
 
 
 def test_tensors_truncates_and_labels_only_answers() -> None:
-    (tokens, labels), num_truncated = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
+    (tokens, labels, _), num_truncated = tensors([("ab", "xyz"), ("c", "é")], max_prompt=1, max_answer=3)
     assert tokens.tolist() == [[END, ord("b"), *b"xyz"], [END, ord("c"), *"é".encode(), END]]
     assert labels.tolist() == [[IGNORED, IGNORED, *b"xyz"], [IGNORED, IGNORED, *"é".encode(), END]]
     assert num_truncated == 1

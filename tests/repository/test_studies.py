@@ -325,7 +325,7 @@ def test_names_of_treatments_agree_with_their_options() -> None:
 
 def test_the_store_key_covers_every_module_that_computes_a_run() -> None:
     modules = {path.stem for path in (ROOT / "benchmarks" / "studies").glob("*.py")}
-    assert modules - {*RUN_MODULES} == {"__init__", "__main__", "report", "studies"}
+    assert modules - {*RUN_MODULES} == {"__init__", "__main__", "pretrained", "report", "studies"}
 
 
 def command_line(*arguments: object) -> list[str]:
@@ -403,11 +403,11 @@ def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -
 
 
 def test_a_full_disk_causes_an_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
-    """The operating system refuses to write files larger than 2,000 bytes, and a checkpoint is larger."""
+    """The operating system refuses to write files larger than 8,192 bytes, and a checkpoint is larger."""
     store, out = tmp_path / "store", tmp_path / "out"
 
     def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
     completed = run_command("beta", "--scale", "smoke", "--store", store, "--out", out, preexec_fn=limit_file_size)
     assert completed.returncode == 1
@@ -432,7 +432,7 @@ def test_an_invalid_file_is_reported_before_any_run(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["beta", "--data", "x"], "--data and --eval must be given together"),
-        (["beta", "--rm-bench", "x"], "--rm-bench needs --data and --eval"),
+        (["beta", "--rm-bench", "x"], "--rm-bench and --also-eval need --data and --eval"),
         (["beta", "--model", "x"], "--model needs --learning-rate"),
         (
             ["beta", "--model", "x", "--learning-rate", "1", "--width", "8"],
