@@ -401,14 +401,14 @@ def store_key(settings: Settings, job: Job, device: str) -> str:
 
 @cache
 def path_digest(path: Path) -> str:
-    """Return a digest of a file's content.
-
-    A directory holds a model, which can have gigabytes. Its digest covers the names, sizes and times of its files.
-    """
-    if path.is_dir():
-        stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in sorted(path.iterdir())]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return a digest of the content of a file, or of all files of a directory, which holds a model."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 @cache
