@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "trained_blocks": 0,
     "train_pairs": None,
     "eval_pairs": None,
+    "rm_bench_entries": None,
 }
 SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS or add to them
     "smoke": {  # takes seconds, to check that the files and the model work
@@ -84,6 +85,7 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
         "trained_blocks": 2,
         "train_pairs": 768,
         "eval_pairs": 400,
+        "rm_bench_entries": 72,
         "probe_every": 8,
         "seeds": 3,
     },
@@ -112,7 +114,8 @@ OVERRIDES = {  # options that replace a value of the scale: their type and help
     "layers": (int, "number of layers of the built-in model"),
     "trained_blocks": (int, "train only so many blocks of --model, counted from the last one; 0 trains all weights"),
     "train_pairs": (int, "largest number of training pairs"),
-    "eval_pairs": (int, "largest number of validation pairs, and of pairs of each file of the evaluation"),
+    "eval_pairs": (int, "largest number of validation pairs, and of pairs of --eval and of each file of --also-eval"),
+    "rm_bench_entries": (int, "largest number of entries of each file of --rm-bench"),
     "seeds": (int, "number of seeds; each seed has its own checkpoint and its own order of the pairs"),
 }
 

@@ -189,6 +189,7 @@ def file_corpus(
     further: Sequence[Path] = (),
     train_pairs: int | None = None,
     eval_pairs: int | None = None,
+    styled_entries: int | None = None,
 ) -> Corpus:
     """Read a corpus from files.
 
@@ -201,10 +202,9 @@ def file_corpus(
         styled: RM-Bench files for the evaluation by style, see `read_rm_bench`.
         further: other preference files for the evaluation.
         train_pairs: largest number of training pairs; None keeps all of them. See `sample`.
-        eval_pairs: the same for the validation pairs and for each file of the evaluation. An RM-Bench entry counts as
-            three pairs, because it has six answers.
+        eval_pairs: the same for the validation pairs, for `held_out` and for each file of `further`.
+        styled_entries: the same for the entries of each file of `styled`.
     """
-    entries = None if eval_pairs is None else -(-eval_pairs // 3)
     train_part, validation = split_off_validation(list(read_pairs(train)))
     train_part = sample(train_part, train_pairs)
     return Corpus(
@@ -212,7 +212,7 @@ def file_corpus(
         train=train_part,
         validation=sample(validation, eval_pairs),
         held_out=sample(list(read_pairs(held_out)), eval_pairs),
-        styled={name_of(path): sample(read_rm_bench(path), entries) for path in styled},
+        styled={name_of(path): sample(read_rm_bench(path), styled_entries) for path in styled},
         further={name_of(path): sample(list(read_pairs(path)), eval_pairs) for path in further},
     )
 

@@ -69,6 +69,7 @@ class Settings:
     also_eval: tuple[Path, ...]  # other preference files for the evaluation
     train_pairs: int | None  # largest number of training pairs; None: all
     eval_pairs: int | None  # largest number of pairs of each group that is evaluated; None: all
+    rm_bench_entries: int | None  # largest number of entries of each RM-Bench file; None: all
     model: Path | None  # directory of a Hugging Face model; None: a byte model with this width and these layers
     trained_blocks: int  # number of blocks of the Hugging Face model that are trained; 0: all weights
     dtype: str  # name of the torch dtype of the Hugging Face model's matrix products
@@ -321,6 +322,7 @@ def load(settings: Settings) -> Data:
             settings.also_eval,
             settings.train_pairs,
             settings.eval_pairs,
+            settings.rm_bench_entries,
         )
     else:
         pairs = settings.generated
