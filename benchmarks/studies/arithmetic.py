@@ -9,9 +9,7 @@ result: "347+586=" has the solution "7+6=13;4+8+1=13;3+5+1=9;933".
 import random
 
 import torch
-from torch import Tensor
 
-from benchmarks.studies.data import Corpus, Pair
 from benchmarks.studies.models import END, ByteLM
 
 DIGITS = 3

@@ -182,6 +182,7 @@ def training_metrics(trace: Trace) -> Metrics:
     curves = {
         "accuracy": rounded_curve(is_correct.double().mean(1)),
         "ranking": rounded_curve(trace.ranking.mean(1)),
+        "ranking std": rounded_curve(trace.ranking.std(1, correction=0)),
         "margin": rounded_curve(trace.margins.mean(1)),
         "gradient error": rounded_curve(trace.gradient_error),
     }
