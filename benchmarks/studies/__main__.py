@@ -12,7 +12,7 @@ without running anything.
 import argparse
 import json
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
         "seeds": 5,
     },
 }
+GROUPS = ("train", "validation", "held out")
 OVERRIDES = {  # options that replace a value of the scale: their type and help
     "steps": (int, "steps of preference training"),
     "batch_size": (int, "pairs per step of preference training, and texts per step of imitation"),
@@ -219,6 +220,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         eval=args.eval,
         rm_bench=tuple(args.rm_bench),
         also_eval=tuple(args.also_eval),
+        task="sounds",
         model=args.model,
         dtype=(args.dtype or fast_dtype(args.device)) if args.model else "float32",
         **values,
@@ -262,6 +264,12 @@ def run_study(
 ) -> None:
     """Perform all runs of a study and write them to its JSON file."""
     study = STUDIES[name]
+    if not settings.data:
+        if settings.model and study.generated_settings:
+            raise ValueError(
+                f"the generated pairs of {name} need the built-in model; with --model, give --data and --eval"
+            )
+        settings = replace(settings, **study.generated_settings)
     console.print(f"{name}: {study.question} {len(study.treatments)} treatments, {seeds} seeds")
     data = load(settings)
     for group, num_truncated in data.num_truncated.items():
@@ -279,7 +287,7 @@ def run_study(
             for option, value in asdict(settings).items()
             if value
         },
-        "pairs": {group: len(data.texts[group].tokens) // 2 for group in ("train", "validation", "held out")},
+        "pairs": {group: len(data.texts[group].tokens) // 2 for group in GROUPS if group in data.texts},
         "held-out pairs by confidence": {
             band: len(indices_in_band(data.corpus.held_out, bounds)) for band, bounds in BANDS.items()
         },

@@ -10,12 +10,14 @@ import random
 
 import torch
 
+from benchmarks.studies.data import Pair
 from benchmarks.studies.models import END, ByteLM
 
 DIGITS = 3
 MAX_PROMPT = 2 * DIGITS + 2
 MAX_SOLUTION = 9 * DIGITS + DIGITS + 2  # with the end token
-Pairs = dict[str, list[tuple[str, str, str]]]  # (prompt, right solution, wrong solution) by group, for `torch.save`
+TRIES = 8  # number of solutions that are sampled for a problem at most, to find a wrong one
+GENERATION_BATCH_SIZE = 512  # problems that are solved at a time
 
 
 def solve(prompt: str) -> str:
@@ -34,7 +36,7 @@ def is_right(prompt: str, solution: str) -> bool:
     return solution.rpartition(";")[2] == solve(prompt).rpartition(";")[2]
 
 
-def problems(counts: dict[str, int], seed: int = 0) -> dict[str, list[str]]:
+def arithmetic_problems(counts: dict[str, int], seed: int = 0) -> dict[str, list[str]]:
     """Return different problems for each group, such as "train", with as many problems as `counts` says."""
     rng = random.Random(seed)
     smallest, largest = 10 ** (DIGITS - 1), 10**DIGITS - 1
@@ -54,19 +56,22 @@ def generate(model: ByteLM, prompts: list[str], generator: torch.Generator | Non
         prompts: the problems, all of the same length.
         generator: for sampling at temperature 1; None takes the most probable token each time.
     """
-    device = model.head.weight.device
-    tokens = torch.tensor([[END, *prompt.encode()] for prompt in prompts], device=device)
-    start = tokens.shape[1]
-    for _ in range(MAX_SOLUTION):
-        logits = model(tokens)[:, -1].cpu()
-        if generator is None:
-            new = logits.argmax(1, keepdim=True)
-        else:
-            new = torch.multinomial(logits.softmax(1), 1, generator=generator)
-        tokens = torch.cat([tokens, new.to(device)], dim=1)
-        if (tokens[:, start:] == END).any(1).all():
-            break
-    return [text_before_end(row) for row in tokens[:, start:].tolist()]
+    solutions = []
+    for start in range(0, len(prompts), GENERATION_BATCH_SIZE):
+        batch = [[END, *prompt.encode()] for prompt in prompts[start : start + GENERATION_BATCH_SIZE]]
+        tokens = torch.tensor(batch, device=model.head.weight.device)
+        prompt_length = tokens.shape[1]
+        for _ in range(MAX_SOLUTION):
+            logits = model(tokens)[:, -1].cpu()
+            if generator is None:
+                new = logits.argmax(1, keepdim=True)
+            else:
+                new = torch.multinomial(logits.softmax(1), 1, generator=generator)
+            tokens = torch.cat([tokens, new.to(tokens.device)], dim=1)
+            if (tokens[:, prompt_length:] == END).any(1).all():
+                break
+        solutions += [text_before_end(row) for row in tokens[:, prompt_length:].tolist()]
+    return solutions
 
 
 def text_before_end(tokens: list[int]) -> str:
@@ -78,3 +83,22 @@ def text_before_end(tokens: list[int]) -> str:
 def share_solved(model: ByteLM, prompts: list[str]) -> float:
     """Return the share of problems that the model solves when it always takes the most probable token."""
     return sum(map(is_right, prompts, generate(model, prompts))) / len(prompts)
+
+
+def own_mistakes(model: ByteLM, prompts: list[str], seed: int) -> dict[str, str]:
+    """Return a wrong solution of the model for each problem, sampled at temperature 1.
+
+    A problem is left out if all of its `TRIES` solutions have the right result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mistakes: dict[str, str] = {}
+    for _ in range(TRIES):
+        remaining = [prompt for prompt in prompts if prompt not in mistakes]
+        solutions = generate(model, remaining, generator)
+        mistakes |= {prompt: text for prompt, text in zip(remaining, solutions) if not is_right(prompt, text)}
+    return {prompt: mistakes[prompt] for prompt in prompts if prompt in mistakes}
+
+
+def own_pairs(mistakes: dict[str, str]) -> list[Pair]:
+    """Return pairs of the right solution and the model's own wrong one."""
+    return [Pair(prompt, solve(prompt), mistake) for prompt, mistake in mistakes.items()]

@@ -1,4 +1,4 @@
-"""Definitions of the eight studies: for each one its question, its treatments, its table and its picture.
+"""Definitions of the ten studies: for each one its question, its treatments, its table and its picture.
 
 Depends on torch, matplotlib, amapo_loss, and on evaluation.py, harness.py, report.py and sweep.py.
 
@@ -7,14 +7,16 @@ To add a study, define a `Study` here and add it to `STUDIES` at the end of this
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from amapo_loss import AdaptiveMargin
+from benchmarks.studies.arithmetic import MAX_PROMPT, MAX_SOLUTION
 from benchmarks.studies.evaluation import BANDS
 from benchmarks.studies.harness import Metrics, Treatment
 from benchmarks.studies.report import (
@@ -40,6 +42,7 @@ class Study:
     columns: dict[str, Column]  # the columns of the table, by their headings
     draw: Callable[[Figure, list[Run]], None]  # draws the runs into an empty figure
     remark: Callable[[list[Run]], str] = lambda runs: ""  # returns a text to print below the table
+    generated_settings: dict[str, Any] = field(default_factory=dict)  # replace those of the scale for generated pairs
     needs_curves: bool = False  # whether `draw` or `columns` use the training curves, which make the JSON far larger
     picture_height: float = 4.2  # inches
     legend_share: float = 0.0  # share of the picture's height that is kept free for a legend at the bottom
@@ -59,6 +62,7 @@ def mean_style_accuracy(difficulty: str) -> Column:
 DIFFICULTIES = ("easy", "normal", "hard")
 VALIDATION: dict[str, Column] = {"validation": metric_at("validation")}
 HELD_OUT: dict[str, Column] = {"held out": metric_at("held out")}
+CHOSEN_LOGP = metric_at("chosen log-prob")
 BY_CONFIDENCE: dict[str, Column] = {f"confidence {band}": metric_at("bands", band) for band in BANDS}
 RM_BENCH: dict[str, Column] = {f"RM-Bench {name}": mean_style_accuracy(name) for name in DIFFICULTIES}
 WEIGHTS: dict[str, Column] = {f"weight {ranked}": metric_at(f"weight {ranked}") for ranked in ("correct", "misranked")}
@@ -246,18 +250,24 @@ def case_share(case: str, quantity: str) -> Column:
     return share
 
 
+def mean_weight_curve(runs: list[Run], treatment: str, ranked: str) -> Tensor:
+    """Return the mean gradient weight of the correct or of the misranked pairs over training, [steps].
+
+    It is NaN where no seed has such a pair.
+    """
+    cases = [case for case in CASES if case.startswith(ranked)]
+    weight_sum = summed_curve(runs, treatment, *(f"spent, {case}" for case in cases))
+    return weight_sum / summed_curve(runs, treatment, *(f"share, {case}" for case in cases))
+
+
 def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
     """Draw gradient weights and norms over training in the upper row, and the four cases in the lower row."""
     (weight_axes, norm_axes), (pair_share_axes, weight_share_axes) = figure.subplots(2, 2)
     steps = sorted({step for run in runs for step, *_ in run.metrics.get("probes", [])})
     line_styles = (("misranked", "-"), ("correct", "--"))
     for (number, name), (ranked, line_style) in product(enumerate(FLOW_TREATMENTS), line_styles):
-        cases = [case for case in CASES if case.startswith(ranked)]
-        weight_sum = summed_curve(runs, name, *(f"spent, {case}" for case in cases))
-        pair_sum = summed_curve(runs, name, *(f"share, {case}" for case in cases))
         label = name if ranked == "misranked" else None  # one legend entry per color
-        # Where no seed has such a pair, the quotient is NaN, and the line has a gap.
-        weight_axes.plot(weight_sum / pair_sum, line_style, color=f"C{number}", label=label)
+        weight_axes.plot(mean_weight_curve(runs, name, ranked), line_style, color=f"C{number}", label=label)
         norms = [seed_values(runs, name, gradient_norm(ranked, only_at=step)).mean().item() for step in steps]
         norm_axes.plot(steps, norms, line_style, color=f"C{number}")
     solid_and_dashed = "solid: misranked pairs, dashed: correct pairs"
@@ -477,6 +487,96 @@ BETA = Study(
 )
 
 
+# 9. Reasoning. Generated pairs are arithmetic, where the solutions that the model generates can be scored exactly.
+
+FLOORS = {floor: f"AMaPO, floor {floor:g}" for floor in (0.5, 1.0, 2.0)}
+REASONING_TREATMENTS = {
+    "DPO": LOSSES["DPO"],
+    SIMPO: LOSSES[SIMPO],
+    "SimPO, gamma 1": LOSSES["SimPO, gamma 1"],
+    AMAPO: LOSSES[AMAPO],  # its floor is 0
+    **{name: Treatment(margin=AdaptiveMargin(floor=floor)) for floor, name in FLOORS.items()},
+    "AMaPO, no zero-clipping": ABLATIONS["no zero-clipping"],
+}
+
+
+def draw_reasoning(figure: Figure, runs: list[Run]) -> None:
+    """Draw the share of solved problems if solutions were generated, the ranking accuracy and the log-prob."""
+    panels = {"share of held-out problems solved": metric_at("solved")} if "solved" in runs[0].metrics else {}
+    panels |= {ACCURACY: metric_at("held out"), "log-prob of right solutions, nats per token": CHOSEN_LOGP}
+    for axes, (label, column) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
+        plot_seeds(axes, runs, column, label, AMAPO)
+        axes.set_title("dot: one seed, bar: mean", fontsize=SMALL_FONT)
+    figure.axes[0].set_ylim(len(treatment_names(runs)) - 0.5, -0.5)  # each call has turned the shared axis upside down
+
+
+REASONING = Study(
+    question="Does a margin for correct pairs help reasoning?",
+    treatments=REASONING_TREATMENTS,
+    baseline=AMAPO,
+    columns={
+        "share solved": metric_at("solved"),
+        **HELD_OUT,
+        "chosen log-prob": CHOSEN_LOGP,
+        "margin": metric_at("margin"),
+        **WEIGHTS,
+    },
+    draw=draw_reasoning,
+    generated_settings={"task": "arithmetic", "max_prompt": MAX_PROMPT, "max_answer": MAX_SOLUTION},
+)
+
+
+# 10. A negative batch mean, which a checkpoint has that misranks most pairs.
+
+FORMULAS = (SIMPO, AMAPO, AMAPO_RELEASED)
+MOSTLY_MISRANKED = 0.9
+NEGATIVE_MEANS = {name: LOSSES[name] for name in FORMULAS} | {
+    f"{name}; {MOSTLY_MISRANKED:.0%} misranked": replace(LOSSES[name], misranked=MOSTLY_MISRANKED) for name in FORMULAS
+}
+
+
+def curve_at(name: str, step: int) -> Column:
+    """Return a column with the value of a training curve at a step; -1 is the last one."""
+    return lambda metrics: metrics["curves"][name][step] if "curves" in metrics else None
+
+
+def draw_negative_mean(figure: Figure, runs: list[Run]) -> None:
+    """Draw the batch mean and the gradient weights over training, and the accuracy after it."""
+    mean_axes, weight_axes, accuracy_axes = figure.subplots(1, 3)
+    for number, name in enumerate(NEGATIVE_MEANS):
+        line_style = "-" if name in FORMULAS else "--"
+        color = f"C{number % len(FORMULAS)}"
+        seeds = sum(run.treatment == name for run in runs)
+        mean_axes.plot(summed_curve(runs, name, "ranking") / seeds, line_style, color=color, label=name)
+        ratio = mean_weight_curve(runs, name, "misranked") / mean_weight_curve(runs, name, "correct")
+        weight_axes.plot(ratio, line_style, color=color)
+    for axes, level in ((mean_axes, 0), (weight_axes, 1)):
+        axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
+    mean_axes.set(xlabel="training step", ylabel="batch mean of the ranking, nats per token")
+    weight_axes.set(
+        xlabel="training step", ylabel="mean gradient weight of misranked pairs\ndivided by that of correct pairs"
+    )
+    mean_axes.legend(fontsize=SMALL_FONT)
+    plot_seeds(accuracy_axes, runs, metric_at("held out"), ACCURACY, SIMPO)
+
+
+NEGATIVE_MEAN = Study(
+    question="Which formula is better where the batch mean is negative?",
+    treatments=NEGATIVE_MEANS,
+    baseline=SIMPO,
+    columns={
+        "mean, first step": curve_at("ranking", 0),
+        "mean, last step": curve_at("ranking", -1),
+        **WEIGHTS,
+        **HELD_OUT,
+        **BY_CONFIDENCE,
+        "chosen log-prob": CHOSEN_LOGP,
+    },
+    draw=draw_negative_mean,
+    needs_curves=True,
+)
+
+
 STUDIES = {
     "ranking": RANKING,
     "ablation": ABLATION,
@@ -486,4 +586,6 @@ STUDIES = {
     "perplexity": PERPLEXITY,
     "oracle": ORACLE_MARGIN,
     "beta": BETA,
+    "reasoning": REASONING,
+    "negative-mean": NEGATIVE_MEAN,
 }

@@ -1,6 +1,6 @@
 """Run many treatments with several seeds on a process pool, and keep every finished run in a store.
 
-Depends on torch, rich, amapo_loss, benchmarks.record, and on data.py, evaluation.py, harness.py and models.py.
+Depends on torch, rich, amapo_loss, benchmarks.record, and on the modules of `RUN_MODULES`.
 
 Each seed has one checkpoint, and each combination of treatment and seed is one run. A result is written to a file of
 the store as soon as it is computed, and a long training saves its state there, so an interrupted sweep loses at most a
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import amapo_loss
 from benchmarks.record import version_of, write_tensors, write_whole
+from benchmarks.studies.arithmetic import arithmetic_problems, own_mistakes, own_pairs, share_solved, solve
 from benchmarks.studies.data import Corpus, both_answers, file_corpus, generated_corpus
 from benchmarks.studies.evaluation import accuracy, evaluate, training_metrics
 from benchmarks.studies.harness import AnswerLogps, Metrics, Optimization, Treatment, all_logps, imitate, prefer
@@ -53,7 +54,7 @@ PROGRESS_COLUMNS = (
 )
 # The modules of this folder that decide the numbers of a run. A module missing here could change without a new key, and
 # the store would then return results of the old code.
-RUN_MODULES = ("data", "estimators", "evaluation", "harness", "models", "sweep")
+RUN_MODULES = ("arithmetic", "data", "estimators", "evaluation", "harness", "models", "sweep")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Settings:
     """
 
     data: Path | None  # preference file for training; None: generated pairs and generated styles
+    task: str  # what generated pairs are about: "sounds", or "arithmetic", whose pairs are the checkpoint's mistakes
     eval: Path | None  # preference file for the evaluation
     rm_bench: tuple[Path, ...]  # RM-Bench files
     also_eval: tuple[Path, ...]  # other preference files for the evaluation
@@ -113,6 +115,7 @@ class Data(NamedTuple):
     corpus: Corpus
     texts: dict[str, Texts]  # keys: "demonstrations", "train", "validation", "held out", and those of `corpus.styled`
     num_truncated: dict[str, int]  # number of truncated texts, same keys
+    problems: dict[str, list[str]]  # for the task "arithmetic", keys: "train", "validation", "held out"
 
 
 class Job(NamedTuple):
@@ -156,7 +159,8 @@ def sweep(
     with Progress(*PROGRESS_COLUMNS) as progress:
         data = load(settings)
         if settings.trained_blocks:
-            total = sum(len(texts.tokens) for texts in data.texts.values())
+            computed = [name for name in data.texts if name != "demonstrations" or settings.imitation_steps]
+            total = sum(len(data.texts[name].tokens) for name in computed)
             bar = progress.add_task("computing the frozen blocks", total=total)
             with_activations(settings, data, store, device, lambda texts: progress.advance(bar, texts))
         spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
@@ -261,15 +265,31 @@ def perform_job(settings: Settings, job: Job, device: str, store: Path) -> None:
     data = load(settings)
     if settings.trained_blocks:
         data = with_activations(settings, data, store, device)
+    model = new_model(settings, job.seed, device)
     if job.treatment is None:
-        checkpoint = make_checkpoint(settings, data, job.seed, device)
-        write_tensors(checkpoint_path, checkpoint)
-        metrics = evaluate(Treatment(), data.corpus, data.texts, checkpoint["logps"], checkpoint["logps"])
+        imitate(
+            model,
+            data.texts["demonstrations"],
+            settings.imitation_steps,
+            settings.batch_size,
+            settings.imitation_learning_rate,
+            job.seed,
+        )
+        mistakes = {}
+        if isinstance(model, ByteLM) and settings.task == "arithmetic":
+            mistakes = {group: own_mistakes(model, prompts, job.seed) for group, prompts in data.problems.items()}
+            data = with_mistakes(settings, data, mistakes)
+        logps = evaluation_logps(model, data) | {"train": all_logps(model, data.texts["train"])}
+        # Without imitation steps, `new_model` returns the same weights again.
+        state = model.state_dict() if settings.imitation_steps else None
+        write_tensors(checkpoint_path, {"state": state, "mistakes": mistakes, "logps": logps})
+        metrics = evaluate(Treatment(), data.corpus, data.texts, logps, logps)
     else:
         checkpoint = torch.load(checkpoint_path, weights_only=True)
-        model = new_model(settings, job.seed, device)
         if checkpoint["state"] is not None:
             model.load_state_dict(checkpoint["state"])
+        if settings.task == "arithmetic":
+            data = with_mistakes(settings, data, checkpoint["mistakes"])
         optimization = Optimization(
             settings.steps, settings.batch_size, settings.learning_rate, settings.probe_every or None
         )
@@ -280,27 +300,10 @@ def perform_job(settings: Settings, job: Job, device: str, store: Path) -> None:
         else:
             metrics = evaluate(job.treatment, data.corpus, data.texts, evaluation_logps(model, data), ref)
         metrics |= training_metrics(trace)
+    if isinstance(model, ByteLM) and settings.task == "arithmetic" and not job.only_validate:
+        metrics["solved"] = share_solved(model, data.problems["held out"])
     write_whole(path, json.dumps(metrics).encode())
     path.with_suffix(".state").unlink(missing_ok=True)
-
-
-def make_checkpoint(settings: Settings, data: Data, seed: int, device: str) -> dict[str, Any]:
-    """Train a model by imitation and return its weights and its log-probs of all texts.
-
-    The weights are None without imitation steps, because `new_model` returns the same ones.
-    """
-    model = new_model(settings, seed, device)
-    if settings.imitation_steps:
-        imitate(
-            model,
-            data.texts["demonstrations"],
-            settings.imitation_steps,
-            settings.batch_size,
-            settings.imitation_learning_rate,
-            seed,
-        )
-    logps = evaluation_logps(model, data) | {"train": all_logps(model, data.texts["train"])}
-    return {"state": model.state_dict() if settings.imitation_steps else None, "logps": logps}
 
 
 def new_model(settings: Settings, seed: int, device: str) -> LanguageModel:
@@ -324,6 +327,14 @@ def load(settings: Settings) -> Data:
             settings.eval_pairs,
             settings.rm_bench_entries,
         )
+    elif settings.task == "arithmetic":
+        pairs = settings.generated
+        groups = {"demonstrations": 4 * pairs, "train": pairs, "validation": pairs // 8, "held out": pairs // 4}
+        prompts = arithmetic_problems(groups)
+        demonstrations = [(prompt, solve(prompt)) for prompt in prompts.pop("demonstrations")]
+        corpus = Corpus(demonstrations, train=[], validation=[], held_out=[], styled={}, further={})
+        demonstrated, _ = tensors(demonstrations, settings.max_prompt, settings.max_answer)
+        return Data(corpus, {"demonstrations": demonstrated}, num_truncated={}, problems=prompts)
     else:
         pairs = settings.generated
         corpus = generated_corpus(pairs, held_out=pairs // 4, demonstrations=2 * pairs, seed=0)
@@ -339,16 +350,31 @@ def load(settings: Settings) -> Data:
         name: [(pair.prompt, answer) for pair in pairs for answer in (*pair.chosen, *pair.rejected)]
         for name, pairs in corpus.styled.items()
     }
-    if settings.imitation_steps == 0:
-        del strings["demonstrations"]
-    texts, num_truncated = {}, {}
-    for name, prompts_and_answers in strings.items():
-        texts[name], num_truncated[name] = tensors(
-            prompts_and_answers, settings.max_prompt, settings.max_answer, tokenizer
-        )
+    converted = {
+        name: tensors(of_group, settings.max_prompt, settings.max_answer, tokenizer)
+        for name, of_group in strings.items()
+    }
+    texts = {name: of_group for name, (of_group, _) in converted.items()}
     if settings.model:
         check_fit(settings.model, list(texts.values()))
-    return Data(corpus, texts, num_truncated)
+    return Data(corpus, texts, {name: count for name, (_, count) in converted.items()}, problems={})
+
+
+def with_mistakes(settings: Settings, data: Data, mistakes: dict[str, dict[str, str]]) -> Data:
+    """Return the data of the task "arithmetic" with the pairs that a checkpoint's mistakes give.
+
+    Args:
+        settings: options of all runs.
+        data: the problems.
+        mistakes: for each group of problems, a wrong solution by problem.
+    """
+    pairs = {group: own_pairs(of_group) for group, of_group in mistakes.items()}
+    texts = {
+        group: tensors(both_answers(of_group), settings.max_prompt, settings.max_answer)[0]
+        for group, of_group in pairs.items()
+    }
+    corpus = data.corpus._replace(train=pairs["train"], validation=pairs["validation"], held_out=pairs["held out"])
+    return data._replace(corpus=corpus, texts=data.texts | texts)
 
 
 def with_activations(
@@ -363,9 +389,11 @@ def with_activations(
         device: device of the model.
         advance: called with the number of texts that were computed or found.
     """
-    texts, dtype = {}, getattr(torch, settings.dtype)
+    texts, dtype = dict[str, Texts](), getattr(torch, settings.dtype)
     assert settings.model is not None  # the command line allows trained blocks only with a model
     for name, group in data.texts.items():
+        if name == "demonstrations" and not settings.imitation_steps:
+            continue
         inputs = [settings.trained_blocks, settings.dtype, path_digest(settings.model), version_of("transformers")]
         digest = hashlib.sha256(json.dumps(inputs).encode() + group.tokens.numpy().tobytes()).hexdigest()[:16]
         path = store / f"{digest}.activations"
