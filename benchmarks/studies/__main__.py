@@ -288,6 +288,7 @@ def run_study(
             if value
         },
         "pairs": {group: len(data.texts[group].tokens) // 2 for group in GROUPS if group in data.texts},
+        "problems": {group: len(prompts) for group, prompts in data.problems.items()},
         "held-out pairs by confidence": {
             band: len(indices_in_band(data.corpus.held_out, bounds)) for band, bounds in BANDS.items()
         },

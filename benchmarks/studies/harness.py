@@ -80,6 +80,8 @@ class Treatment:
 
     The number of steps changes with it, so that all treatments see the same number of pairs.
     """
+    sft: float = 0.0
+    """Factor of a supervised fine-tuning loss that is added: the negative average log-prob of the chosen answer."""
     micro_batch: int | None = None  # pairs that the statistics are taken over; None: the whole batch
     estimator: str = "itself"  # a key of `estimators.estimators`, which gives the statistics of a micro-batch
     learning_rate: float | None = None  # None: that of `Optimization`
@@ -322,6 +324,8 @@ def prefer(
         policy, reference = pair_logps(model, texts, batch), ref_pairs.select(batch.to(device))
         outputs = [objective(policy.select(indices), reference.select(indices)) for indices in micro_batches]
         losses = torch.cat([output.loss for output in outputs])
+        if treatment.sft:
+            losses = losses - treatment.sft * policy.chosen / policy.chosen_lengths
         margins = torch.cat([output.diagnostics.margins for output in outputs])
         weights = torch.cat([output.diagnostics.gradient_weights for output in outputs])
         ranking = policy.ranking()

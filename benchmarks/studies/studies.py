@@ -497,6 +497,11 @@ REASONING_TREATMENTS = {
     AMAPO: LOSSES[AMAPO],  # its floor is 0
     **{name: Treatment(margin=AdaptiveMargin(floor=floor)) for floor, name in FLOORS.items()},
     "AMaPO, no zero-clipping": ABLATIONS["no zero-clipping"],
+    # With so small a beta, the gradient of the preference loss is negligible.
+    "SFT alone": Treatment("simpo", beta=1e-6, sft=1.0),
+    f"{SIMPO}, with SFT": replace(LOSSES[SIMPO], sft=1.0),
+    "AMaPO, paper, with SFT": Treatment(sft=1.0),
+    "AMaPO, floor 1, with SFT": Treatment(margin=AdaptiveMargin(floor=1.0), sft=1.0),
 }
 
 
