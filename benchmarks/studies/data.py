@@ -201,15 +201,14 @@ def file_corpus(
         held_out: preference file for the evaluation.
         styled: RM-Bench files for the evaluation by style, see `read_rm_bench`.
         further: other preference files for the evaluation.
-        train_pairs: largest number of training pairs; None keeps all of them. See `sample`.
+        train_pairs: largest number of training pairs, see `sample`; None keeps all. All demonstrations are kept.
         eval_pairs: the same for the validation pairs, for `held_out` and for each file of `further`.
         styled_entries: the same for the entries of each file of `styled`.
     """
     train_part, validation = split_off_validation(list(read_pairs(train)))
-    train_part = sample(train_part, train_pairs)
     return Corpus(
         demonstrations=[(pair.prompt, pair.chosen) for pair in train_part],
-        train=train_part,
+        train=sample(train_part, train_pairs),
         validation=sample(validation, eval_pairs),
         held_out=sample(list(read_pairs(held_out)), eval_pairs),
         styled={name_of(path): sample(read_rm_bench(path), styled_entries) for path in styled},

@@ -159,8 +159,7 @@ def sweep(
     with Progress(*PROGRESS_COLUMNS) as progress:
         data = load(settings)
         if settings.trained_blocks:
-            computed = [name for name in data.texts if name != "demonstrations" or settings.imitation_steps]
-            total = sum(len(data.texts[name].tokens) for name in computed)
+            total = sum(len(texts.tokens) for texts in data.texts.values())
             bar = progress.add_task("computing the frozen blocks", total=total)
             with_activations(settings, data, store, device, lambda texts: progress.advance(bar, texts))
         spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
@@ -254,6 +253,10 @@ def perform_jobs(
             future.result()
         finished += len(done)
         progress.update(bar, completed=found + (finished if unit == 1 else pairs.value))
+        if done and not progress.console.is_terminal:  # a log file has no progress bar
+            remaining = progress.tasks[bar].time_remaining
+            estimate = "" if remaining is None else f", about {remaining / 60:.0f} minutes remaining"
+            progress.console.print(f"{description}: {finished} of {len(missing)} runs{estimate}")
     progress.update(bar, completed=unit * len(set(paths)))
     return [json.loads(path.read_text()) for path in paths]
 
@@ -267,14 +270,15 @@ def perform_job(settings: Settings, job: Job, device: str, store: Path) -> None:
         data = with_activations(settings, data, store, device)
     model = new_model(settings, job.seed, device)
     if job.treatment is None:
-        imitate(
-            model,
-            data.texts["demonstrations"],
-            settings.imitation_steps,
-            settings.batch_size,
-            settings.imitation_learning_rate,
-            job.seed,
-        )
+        if settings.imitation_steps:
+            imitate(
+                model,
+                data.texts["demonstrations"],
+                settings.imitation_steps,
+                settings.batch_size,
+                settings.imitation_learning_rate,
+                job.seed,
+            )
         mistakes = {}
         if isinstance(model, ByteLM) and settings.task == "arithmetic":
             mistakes = {group: own_mistakes(model, prompts, job.seed) for group, prompts in data.problems.items()}
@@ -340,7 +344,7 @@ def load(settings: Settings) -> Data:
         corpus = generated_corpus(pairs, held_out=pairs // 4, demonstrations=2 * pairs, seed=0)
     tokenizer: Tokenizer = hugging_face_tokenizer(settings.model) if settings.model else BYTES
     strings = {
-        "demonstrations": corpus.demonstrations,
+        **({"demonstrations": corpus.demonstrations} if settings.imitation_steps else {}),
         "train": both_answers(corpus.train),
         "validation": both_answers(corpus.validation),
         "held out": both_answers(corpus.held_out),
@@ -392,8 +396,6 @@ def with_activations(
     texts, dtype = dict[str, Texts](), getattr(torch, settings.dtype)
     assert settings.model is not None  # the command line allows trained blocks only with a model
     for name, group in data.texts.items():
-        if name == "demonstrations" and not settings.imitation_steps:
-            continue
         inputs = [settings.trained_blocks, settings.dtype, path_digest(settings.model), version_of("transformers")]
         digest = hashlib.sha256(json.dumps(inputs).encode() + group.tokens.numpy().tobytes()).hexdigest()[:16]
         path = store / f"{digest}.activations"

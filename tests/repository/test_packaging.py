@@ -91,7 +91,7 @@ def test_torch_is_the_only_required_dependency(wheel: Path) -> None:
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert [line.split()[1].partition(">")[0].partition("<")[0] for line in required] == ["torch"]
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
-    assert extras == {"test", "bench", "trl", "dev"}
+    assert extras == {"test", "bench", "studies", "trl", "dev"}
 
 
 def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Tests of benchmarks/studies: the numbers, the tables, and the command with its interruptions and its errors.
 
-Depends on torch, and on transformers for one test.
+Depends on torch.
 """
 
 import json
@@ -8,9 +8,7 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,11 @@ from benchmarks.studies import studies
 from benchmarks.studies.data import (
     Pair,
     both_answers,
+    file_corpus,
     generated_corpus,
     read_pairs,
     read_rm_bench,
+    sample,
     split_off_validation,
 )
 from benchmarks.studies.evaluation import (
@@ -51,9 +51,19 @@ from benchmarks.studies.harness import (
 )
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import format_summary, metric_at, tabulate
-from benchmarks.studies.sweep import IMITATION, RUN_MODULES, Run, new_model
+from benchmarks.studies.sweep import (
+    IMITATION,
+    RUN_MODULES,
+    Job,
+    Run,
+    dump_code,
+    new_model,
+    store_key,
+    sweep,
+    tuning_group,
+)
+from tests.support.studies import ROOT, command_line, run_command
 
-ROOT = Path(__file__).parents[2]
 RM_BENCH_ENTRY = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
 
 
@@ -328,16 +338,6 @@ def test_the_store_key_covers_every_module_that_computes_a_run() -> None:
     assert modules - {*RUN_MODULES} == {"__init__", "__main__", "pretrained", "report", "studies"}
 
 
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.studies", *map(str, arguments)]
-
-
-def run_command(*arguments: object, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_line(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=preexec_fn
-    )
-
-
 def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) -> None:
     """At the smallest scale, each study writes its table, JSON and picture.
 
@@ -448,28 +448,117 @@ def test_invalid_arguments_are_reported(arguments: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
-def test_a_hugging_face_model_is_the_checkpoint_and_must_fit_the_texts(tmp_path: Path) -> None:
-    """The model needs a context that is long enough and a vocabulary that holds the tokenizer's ids."""
-    transformers = pytest.importorskip("transformers")
-    from benchmarks.speed.trainer import byte_tokenizer
+@pytest.mark.parametrize("treatment", [Treatment(), Treatment("dpo", beta=0.1), Treatment(micro_batch=4, sft=1.0)])
+def test_an_interrupted_training_continues_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, treatment: Treatment
+) -> None:
+    optimization, path = Optimization(steps=6, batch_size=8, learning_rate=3e-3, probe_every=2), tmp_path / "x.state"
+    model, texts, ref = small_experiment()
+    expected = prefer(model, treatment, texts, ref, optimization)
+    expected_weights = model.state_dict()
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokenizer = byte_tokenizer()
-    for name, vocabulary, positions in (("fits", 300, 64), ("short context", 300, 20), ("small vocabulary", 100, 64)):
-        config = transformers.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=positions, **sizes)
-        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    scale = ("--scale", "smoke", "--learning-rate", "1e-3", "--seeds", 1)
-    folders = ("--store", tmp_path / "store", "--out", tmp_path)
-    completed = run_command("perplexity", "--model", tmp_path / "fits", *scale, *folders)
+    monkeypatch.setattr("benchmarks.studies.harness.SAVE_SECONDS", -1)
+    steps = []
+
+    def interrupt(pairs: int) -> None:
+        steps.append(pairs)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    model, texts, ref = small_experiment()
+    with pytest.raises(KeyboardInterrupt):
+        prefer(model, treatment, texts, ref, optimization, state_path=path, advance=interrupt)
+    model, texts, ref = small_experiment()
+    repeated = list[int]()
+    continued = prefer(model, treatment, texts, ref, optimization, state_path=path, advance=repeated.append)
+    assert repeated == [24, 8, 8, 8]  # three steps were saved, and three were left
+    assert all(torch.equal(a, b) for a, b in zip(continued[:4], expected[:4]))
+    assert continued.probes == expected.probes
+    torch.testing.assert_close(model.state_dict(), expected_weights, rtol=0, atol=0)
+
+
+def test_a_training_with_an_estimator_that_remembers_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.studies.harness.SAVE_SECONDS", -1)
+    model, texts, ref = small_experiment()
+    path, treatment = tmp_path / "x.state", Treatment(micro_batch=4, estimator="ScoreWindow")
+    prefer(model, treatment, texts, ref, Optimization(2, 8, 1e-3), state_path=path)
+    assert not path.exists()
+
+
+def test_the_supervised_term_adds_the_negative_log_prob_of_the_chosen_answers() -> None:
+    model, texts, ref = small_experiment()
+    batch = shuffled_batches(64, 8, 1)[0]
+    policy = pair_logps(model, texts, batch)
+    preference = torch.nn.functional.softplus(
+        -2 * (policy.chosen / policy.chosen_lengths - policy.rejected / policy.rejected_lengths)
+    )
+    loss = (preference - 0.5 * policy.chosen / policy.chosen_lengths).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
+    trace = prefer(model, Treatment("simpo", sft=0.5), texts, ref, Optimization(1, 8, 1e-3, probe_every=1))
+    assert trace.probes[0][3] == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_path: Path) -> None:
+    """The rates of one loss are tried with its first treatment, and its other treatments take the best one."""
+    _, settings, _ = command.parse_args(["reasoning", "--scale", "smoke", "--steps", "8"])
+    treatments = {
+        "first": Treatment("simpo"),
+        "second": Treatment("simpo", gamma=1.0),
+        "paper": Treatment(),
+        "released": Treatment(margin=AdaptiveMargin(formula="released")),
+    }
+    rates = (1e-9, 1e-2)
+    result = sweep(settings, treatments, 1, 1, tmp_path, "cpu", rates)
+    assert [(entry["loss"], entry["learning rate"]) for entry in result.tuning] == [
+        (loss, rate) for loss in ("amapo released", "amapo paper", "simpo") for rate in rates
+    ]
+    for name, loss in {"first": "simpo", "second": "simpo", "paper": "amapo paper"}.items():
+        best = max((entry["validation"], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss)
+        assert result.treatments[name].learning_rate == -best[1]
+    assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
+    assert tuning_group(treatments["paper"]) != tuning_group(treatments["released"])
+
+
+def test_a_key_depends_on_the_code_but_not_on_its_comments() -> None:
+    code = 'def f(x: int) -> int:\n    """Doc."""\n    return x  # why\n'
+    assert dump_code(code) == dump_code(code.replace("Doc.", "Other.").replace("why", "because"))
+    assert dump_code(code) != dump_code(code.replace("return x", "return -x"))
+
+
+def test_a_learning_rate_gives_the_same_key_wherever_it_is_given() -> None:
+    _, settings, _ = command.parse_args(["ranking", "--learning-rate", "1e-3"])
+    _, other, _ = command.parse_args(["ranking", "--learning-rate", "1e-4"])
+    keys = {
+        store_key(settings, Job(Treatment(), 0), "cpu"),
+        store_key(other, Job(Treatment(learning_rate=1e-3), 0), "cpu"),
+    }
+    assert len(keys) == 1
+    assert store_key(other, Job(Treatment(), 0), "cpu") not in keys
+    assert store_key(settings, Job(Treatment(), 0, only_validate=True), "cpu") not in keys
+
+
+def test_files_are_sampled_in_their_order_and_further_files_are_evaluated(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{i}", "chosen": "a" * (1 + i % 5), "rejected": "b"}) for i in range(60)]
+    path, entries = tmp_path / "pairs.jsonl", tmp_path / "styles.json"
+    path.write_text("\n".join(lines))
+    entries.write_text(json.dumps([RM_BENCH_ENTRY | {"prompt": str(i)} for i in range(9)]))
+    corpus = file_corpus(path, path, [entries], [path], train_pairs=20, eval_pairs=5, styled_entries=4)
+    sizes = (len(corpus.train), len(corpus.validation), len(corpus.held_out), len(corpus.demonstrations))
+    assert sizes == (20, 5, 5, 54)
+    assert len(corpus.styled["styles"]) == 4
+    assert corpus.further == {"pairs": corpus.held_out}
+    everything = list(read_pairs(path))
+    assert [everything.index(pair) for pair in corpus.held_out] == sorted(everything.index(p) for p in corpus.held_out)
+    assert sample(everything, 60) == sample(everything, None) == everything
+
+    arguments = ("beta", "--data", path, "--eval", path, "--also-eval", path, "--scale", "smoke", "--seeds", 1)
+    completed = run_command(*arguments, "--store", tmp_path / "store", "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    record = json.loads((tmp_path / "perplexity.json").read_text())
-    assert record["settings"]["model"] == str(tmp_path / "fits")
-    assert "imitation_steps" not in record["settings"]
-    for name, message in (
-        ("short context", "the model accepts at most 20 tokens, but the longest text has"),
-        ("small vocabulary", "the model has a vocabulary of 100"),
-    ):
-        completed = run_command("perplexity", "--model", tmp_path / name, *scale, *folders)
-        assert completed.returncode == 1
-        assert message in completed.stderr
+    for run in json.loads((tmp_path / "beta.json").read_text())["runs"]:
+        figures = run["figures"]
+        assert figures["further"]["pairs"] == {
+            "accuracy": figures["held out"],
+            "chosen log-prob": figures["chosen log-prob"],
+        }

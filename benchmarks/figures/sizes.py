@@ -1,0 +1,92 @@
+"""Draw where the gradient goes in models of different sizes, from the results of `make sizes`.
+
+    python -m benchmarks.figures.sizes
+
+Each size is a folder of benchmarks/results/sizes with the results of the study gradient-flow. The command prints a
+table, writes JSON and draws a picture.
+
+Depends on torch, matplotlib, rich, benchmarks.record, and on benchmarks.studies.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+from rich.console import Console
+
+from benchmarks.record import RESULTS, write_json, write_picture
+from benchmarks.studies.harness import Metrics
+from benchmarks.studies.report import SMALL_FONT, Column, print_table, seed_values, summarize
+from benchmarks.studies.studies import AMAPO, AMAPO_RELEASED, CASES, SIMPO, case_share, gradient_norm
+from benchmarks.studies.sweep import Run
+
+matplotlib.use("Agg")  # draws without a display, which servers do not have
+import matplotlib.pyplot as plt
+
+TREATMENTS = ("DPO", SIMPO, AMAPO, AMAPO_RELEASED)
+
+
+def misranked_share(quantity: str) -> Column:
+    """Return a column with the misranked pairs' share of all pairs ("share") or of the gradient weight ("spent")."""
+    columns = [case_share(case, quantity) for case in CASES if case.startswith("misranked")]
+
+    def share(metrics: Metrics) -> float | None:
+        return sum(column(metrics) or 0 for column in columns)
+
+    return share
+
+
+def norm_share(metrics: Metrics) -> float | None:
+    """Return the misranked pairs' gradient norm divided by the sum of the norms of both kinds of pairs."""
+    correct, misranked = (gradient_norm(ranked)(metrics) or 0 for ranked in ("correct", "misranked"))
+    return misranked / (correct + misranked)
+
+
+COLUMNS: dict[str, Column] = {
+    "share of the pairs": misranked_share("share"),
+    "share of the gradient weight": misranked_share("spent"),
+    "share of the gradient norm": norm_share,
+}
+
+
+def parameters_of(folder: Path) -> float:
+    """Return the number of parameters that a folder's name says, such as 100,000 for "0.1M"."""
+    return 1e6 * float(folder.name.removesuffix("M"))
+
+
+def main() -> None:
+    """Read the results of all sizes and compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=RESULTS / "sizes", help="folder of the sizes")
+    args = parser.parse_args()
+    folders = sorted((path for path in args.folder.iterdir() if path.is_dir()), key=parameters_of)
+    runs = {
+        folder: [Run.from_json(entry) for entry in json.loads((folder / "gradient-flow.json").read_text())["runs"]]
+        for folder in folders
+    }
+    console, record = Console(), {}
+    figure, all_axes = plt.subplots(1, len(COLUMNS), figsize=(11, 3.6), sharey=True)
+    for axes, (title, column) in zip(all_axes, COLUMNS.items()):
+        table = {
+            treatment: {folder.name: summarize(seed_values(runs[folder], treatment, column)) for folder in folders}
+            for treatment in TREATMENTS
+        }
+        print_table(console, f"share of misranked pairs: {title}", table)
+        record[title] = table
+        for treatment, row in table.items():
+            drawn = {parameters_of(folder): summary for folder in folders if (summary := row[folder.name])}
+            means, spreads = ([summary[i] or 0 for summary in drawn.values()] for i in (0, 1))
+            axes.errorbar(list(drawn), means, spreads, marker="o", capsize=3, label=treatment)
+        axes.set(xscale="log", xlabel="parameters", title=title, ylim=(0, 1))
+    all_axes[0].set_ylabel("of the misranked pairs")
+    all_axes[0].legend(fontsize=SMALL_FONT)
+    figure.tight_layout()
+    path = args.folder / "sizes.json"
+    write_json(path, "benchmarks.figures.sizes", {"shares of the misranked pairs": record})
+    write_picture(path.with_suffix(".png"), figure)
+    console.print(f"wrote {path.name} and {path.stem}.png in {path.parent}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
