@@ -22,9 +22,10 @@ from rich.console import Console
 
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
 from benchmarks.studies.evaluation import BANDS, indices_in_band
+from benchmarks.studies.jobs import Settings, load
 from benchmarks.studies.report import print_table, tabulate
 from benchmarks.studies.studies import STUDIES
-from benchmarks.studies.sweep import Run, Settings, available_cores, load, sweep
+from benchmarks.studies.sweep import Run, available_cores, sweep
 
 matplotlib.use("Agg")  # draws without a display, which servers do not have
 import matplotlib.pyplot as plt

@@ -49,19 +49,10 @@ from benchmarks.studies.harness import (
     prefer,
     shuffled_batches,
 )
+from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import format_summary, metric_at, tabulate
-from benchmarks.studies.sweep import (
-    IMITATION,
-    RUN_MODULES,
-    Job,
-    Run,
-    dump_code,
-    new_model,
-    store_key,
-    sweep,
-    tuning_group,
-)
+from benchmarks.studies.sweep import IMITATION, Run, sweep, tuning_group
 from tests.support.studies import ROOT, command_line, run_command
 
 RM_BENCH_ENTRY = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
@@ -335,7 +326,7 @@ def test_names_of_treatments_agree_with_their_options() -> None:
 
 def test_the_store_key_covers_every_module_that_computes_a_run() -> None:
     modules = {path.stem for path in (ROOT / "benchmarks" / "studies").glob("*.py")}
-    assert modules - {*RUN_MODULES} == {"__init__", "__main__", "pretrained", "report", "studies"}
+    assert modules - {*RUN_MODULES} == {"__init__", "__main__", "pretrained", "report", "studies", "sweep"}
 
 
 def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) -> None:
@@ -512,9 +503,9 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
     rates = (1e-9, 1e-2)
     result = sweep(settings, treatments, 1, 1, tmp_path, "cpu", rates)
     assert [(entry["loss"], entry["learning rate"]) for entry in result.tuning] == [
-        (loss, rate) for loss in ("amapo released", "amapo paper", "simpo") for rate in rates
+        (loss, rate) for loss in ("simpo", "amapo, paper", "amapo, released") for rate in sorted(rates)
     ]
-    for name, loss in {"first": "simpo", "second": "simpo", "paper": "amapo paper"}.items():
+    for name, loss in {"first": "simpo", "second": "simpo", "paper": "amapo, paper"}.items():
         best = max((entry["validation"], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss)
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
