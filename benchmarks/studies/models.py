@@ -8,6 +8,7 @@ second time in its backward pass instead of keeping those of the whole batch.
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,12 @@ def first_trained_block(directory: Path, body: Any, trained_blocks: int) -> int:
     Raises:
         ValueError: if `body` has no list of blocks called `layers`, or fewer blocks than `trained_blocks`.
     """
-    blocks = getattr(body, "layers", [])
+    blocks = getattr(body, "layers", None)
+    if blocks is None:
+        raise ValueError(
+            f"{directory}: --trained-blocks needs a model whose blocks are in a list called layers, "
+            f"and {type(body).__name__} has none; --trained-blocks 0 trains all weights"
+        )
     if len(blocks) < trained_blocks:
         raise ValueError(f"{directory}: --trained-blocks is {trained_blocks}, but the model has {len(blocks)} blocks")
     return len(blocks) - trained_blocks
@@ -238,6 +244,24 @@ def length_batches(lengths: Tensor, max_tokens: int | None) -> list[Tensor]:
     return batches
 
 
+def reserve(path: Path, size: int) -> None:
+    """Create a file of this size in bytes, if it does not exist, so that it can be mapped.
+
+    Raises:
+        OSError: if the disk has no room for it. Without this check, a write to the mapped file would end the process.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
 @torch.no_grad()
 def frozen_activations(
     directory: Path,
@@ -265,7 +289,7 @@ def frozen_activations(
 
     config: Any = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     shape = (*texts.tokens.shape, config.hidden_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    reserve(path, 4 * math.prod(shape))
     activations = torch.from_file(str(path), shared=True, size=math.prod(shape)).view(shape)
     batches = length_batches(texts.lengths(), HuggingFaceLM.forward_tokens)
     counter = path.with_suffix(".count")

@@ -3,6 +3,7 @@
 Depends on torch, and on transformers for the Hugging Face models.
 """
 
+import errno
 import json
 from pathlib import Path
 
@@ -150,6 +151,29 @@ def test_a_model_that_scales_its_logits_is_rejected(tmp_path: Path) -> None:
 def test_more_trained_blocks_than_the_model_has_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trained-blocks is 4, but the model has 3 blocks"):
         HuggingFaceLM(tiny_hugging_face_model(tmp_path), trained_blocks=4)
+
+
+def test_a_model_without_a_list_of_blocks_can_only_be_trained_as_a_whole(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    HuggingFaceLM(tmp_path)
+    with pytest.raises(ValueError, match="needs a model whose blocks are in a list called layers, and GPT2Model has"):
+        HuggingFaceLM(tmp_path, trained_blocks=1)
+
+
+def test_a_full_disk_is_reported_before_activations_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = tiny_hugging_face_model(tmp_path / "model")
+    monkeypatch.setattr("os.posix_fallocate", fail)
+    path = tmp_path / "x.activations"
+    with pytest.raises(OSError, match=r"x\.activations cannot be written: No space left on device"):
+        frozen_activations(model, 1, hugging_face_texts(model), path, torch.float32, "cpu")
+    assert not path.exists()
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
