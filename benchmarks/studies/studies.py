@@ -547,22 +547,20 @@ def curve_at(name: str, step: int) -> Column:
 
 def draw_negative_mean(figure: Figure, runs: list[Run]) -> None:
     """Draw the batch mean and the gradient weights over training, and the accuracy after it."""
-    mean_axes, weight_axes, accuracy_axes = figure.subplots(1, 3)
+    axes = figure.subplot_mosaic([["mean", "weights"], ["accuracy", "accuracy"]])
     for number, name in enumerate(NEGATIVE_MEANS):
-        line_style = "-" if name in FORMULAS else "--"
-        color = f"C{number % len(FORMULAS)}"
+        line_style, color = "-" if name in FORMULAS else "--", f"C{number % len(FORMULAS)}"
         seeds = sum(run.treatment == name for run in runs)
-        mean_axes.plot(summed_curve(runs, name, "ranking") / seeds, line_style, color=color, label=name)
+        axes["mean"].plot(summed_curve(runs, name, "ranking") / seeds, line_style, color=color, label=name)
         ratio = mean_weight_curve(runs, name, "misranked") / mean_weight_curve(runs, name, "correct")
-        weight_axes.plot(ratio, line_style, color=color)
-    for axes, level in ((mean_axes, 0), (weight_axes, 1)):
-        axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
-    mean_axes.set(xlabel="training step", ylabel="batch mean of the ranking, nats per token")
-    weight_axes.set(
-        xlabel="training step", ylabel="mean gradient weight of misranked pairs\ndivided by that of correct pairs"
-    )
-    mean_axes.legend(fontsize=SMALL_FONT)
-    plot_seeds(accuracy_axes, runs, metric_at("held out"), ACCURACY, SIMPO)
+        axes["weights"].plot(ratio, line_style, color=color)
+    axes["mean"].axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    axes["weights"].axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes["mean"].set(xlabel="training step", ylabel="batch mean of the ranking,\nnats per token")
+    axes["weights"].set(xlabel="training step", ylabel="gradient weight of misranked\nover that of correct pairs")
+    handles, labels = axes["mean"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, fontsize=SMALL_FONT, frameon=False)
+    plot_seeds(axes["accuracy"], runs, metric_at("held out"), ACCURACY, SIMPO)
 
 
 NEGATIVE_MEAN = Study(
@@ -579,6 +577,8 @@ NEGATIVE_MEAN = Study(
     },
     draw=draw_negative_mean,
     needs_curves=True,
+    picture_height=6.5,
+    legend_share=0.07,
 )
 
 
