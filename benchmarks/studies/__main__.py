@@ -2,6 +2,7 @@
 
     python -m benchmarks.studies ranking
     python -m benchmarks.studies ranking --data train.jsonl.gz --eval test.jsonl.gz --rm-bench rm_bench_chat.json.gz
+    python -m benchmarks.studies ranking --data a.jsonl.gz --eval b.jsonl.gz --model directory --learning-rate 1e-4 3e-4
     python -m benchmarks.studies all --scale gpu --data train.jsonl.gz --eval test.jsonl.gz
 
 Each study prints a table, writes a JSON file with the table and with every run, and draws a picture. If a study is
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
+from benchmarks.studies.data import name_of
 from benchmarks.studies.evaluation import BANDS, indices_in_band
 from benchmarks.studies.jobs import Settings, load
 from benchmarks.studies.report import print_table, tabulate
@@ -119,6 +121,7 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
     },
 }
 GROUPS = ("train", "validation", "held out")
+RESERVED_NAMES = ("demonstrations", *GROUPS)  # a file of this name would take the place of other texts
 OVERRIDES = {  # options that replace a value of the scale: their type and help
     "steps": (int, "steps of preference training"),
     "batch_size": (int, "pairs per step of preference training, and texts per step of imitation"),
@@ -197,7 +200,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the JSON files and pictures (default: benchmarks/results/studies, or studies_own with --data)",
+        help="folder of the JSON files and pictures (default: benchmarks/results/studies, or "
+        "studies_own with --data, or studies_pretrained with --model)",
     )
     parser.add_argument(
         "--redraw", action="store_true", help="run nothing, and only rebuild table and picture from the JSON file"
@@ -214,19 +218,24 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--model needs --learning-rate: the default is far too large for a pretrained model")
     if args.model and (args.width or args.layers):
         parser.error("--width and --layers set the size of the built-in model and cannot be combined with --model")
-
     if args.trained_blocks and not args.model:
         parser.error("--trained-blocks needs --model")
+    if args.scale == "pretrained" and not args.model:
+        parser.error("--scale pretrained needs --model")
+    names = [*RESERVED_NAMES, *map(name_of, [*args.rm_bench, *args.also_eval])]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        parser.error(f"no file of --rm-bench and --also-eval can be called {repeated[0]}: this name is already taken")
 
     values = DEFAULTS | SCALES[args.scale or ("pretrained" if args.model else "medium" if args.data else "small")]
     if args.model:
         values |= {"imitation_steps": 0, "width": 0, "layers": 0}
     options = (*OVERRIDES, "learning_rate")
     values |= {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    optional = ("imitation_steps", "width", "layers", "trained_blocks", "imitation_learning_rate")
+    may_be_zero = {"imitation_steps", "trained_blocks"} | ({"width", "layers"} if args.model else set())
     for name, (value_type, _) in OVERRIDES.items():
-        if value_type is int and name not in optional and values[name] is not None and values[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values[name]}")
+        smallest = 0 if name in may_be_zero else 1
+        if value_type is int and values[name] is not None and values[name] < smallest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {smallest}, got {values[name]}")
     args.learning_rates = values["learning_rate"]
     values["learning_rate"] = args.learning_rates[0]
     seeds = values.pop("seeds")
@@ -240,7 +249,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         dtype=(args.dtype or fast_dtype(args.device)) if args.model else "float32",
         **values,
     )
-    args.out = args.out or RESULTS / ("studies_own" if args.data else "studies")
+    args.out = args.out or RESULTS / f"studies{'_pretrained' if args.model else '_own' if args.data else ''}"
     args.jobs = args.jobs or (1 if args.device.startswith("cuda") else available_cores())
     return args, settings, seeds
 

@@ -430,6 +430,18 @@ def test_an_invalid_file_is_reported_before_any_run(tmp_path: Path) -> None:
             "--width and --layers set the size of the built-in model",
         ),
         (["beta", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["beta", "--width", "0"], "--width must be at least 1, got 0"),
+        (["beta", "--imitation-steps", "-1"], "--imitation-steps must be at least 0, got -1"),
+        (["beta", "--trained-blocks", "2"], "--trained-blocks needs --model"),
+        (["beta", "--scale", "pretrained"], "--scale pretrained needs --model"),
+        (
+            ["beta", "--data", "x", "--eval", "x", "--also-eval", "a/validation.jsonl"],
+            "no file of --rm-bench and --also-eval can be called validation",
+        ),
+        (
+            ["beta", "--data", "x", "--eval", "x", "--also-eval", "a/x.jsonl", "--rm-bench", "b/x.json"],
+            "can be called x: this name is already taken",
+        ),
         (["gamma"], "invalid choice: 'gamma'"),
     ],
 )
