@@ -27,7 +27,7 @@ from benchmarks.studies.evaluation import BANDS, indices_in_band
 from benchmarks.studies.jobs import Settings, load
 from benchmarks.studies.report import print_table, tabulate
 from benchmarks.studies.studies import STUDIES
-from benchmarks.studies.sweep import Run, available_cores, sweep
+from benchmarks.studies.sweep import Run, Workers, available_cores, start_workers, sweep
 
 matplotlib.use("Agg")  # draws without a display, which servers do not have
 import matplotlib.pyplot as plt
@@ -266,11 +266,12 @@ def main() -> None:
     args, settings, seeds = parse_args()
     console = Console()
     try:
-        for name in STUDIES if args.study == "all" else [args.study]:
-            path = args.out / f"{name}.json"
-            if not args.redraw:
-                run_study(console, name, settings, seeds, args, path)
-            report_study(console, name, path)
+        with start_workers(args.jobs) as workers:
+            for name in STUDIES if args.study == "all" else [args.study]:
+                path = args.out / f"{name}.json"
+                if not args.redraw:
+                    run_study(console, name, settings, seeds, workers, args, path)
+                report_study(console, name, path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"studies: {error}") from error
     except BrokenProcessPool as error:
@@ -284,7 +285,13 @@ def main() -> None:
 
 
 def run_study(
-    console: Console, name: str, settings: Settings, seeds: int, args: argparse.Namespace, path: Path
+    console: Console,
+    name: str,
+    settings: Settings,
+    seeds: int,
+    workers: Workers,
+    args: argparse.Namespace,
+    path: Path,
 ) -> None:
     """Perform all runs of a study and write them to its JSON file."""
     study = STUDIES[name]
@@ -302,7 +309,7 @@ def run_study(
                 f"{num_truncated} of {len(data.texts[group].tokens)} texts ({group}) are longer than "
                 f"--max-prompt {settings.max_prompt} or --max-answer {settings.max_answer} and are truncated"
             )
-    result = sweep(settings, study.treatments, seeds, args.jobs, args.store, args.device, args.learning_rates)
+    result = sweep(settings, study.treatments, seeds, workers, args.store, args.device, args.learning_rates)
     runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
         "asks": study.question,

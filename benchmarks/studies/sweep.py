@@ -9,8 +9,9 @@ store, so an interrupted sweep continues.
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,11 +64,30 @@ class Sweep(NamedTuple):
     tuning: list[dict[str, Any]]  # one entry for each loss and learning rate; empty if nothing was tuned
 
 
+class Workers(NamedTuple):
+    """A process pool, and the counter of the pairs that its processes have trained on."""
+
+    pool: ProcessPoolExecutor
+    trained_pairs: Any
+
+
+@contextmanager
+def start_workers(jobs: int) -> Iterator[Workers]:
+    """Start `jobs` processes with one CPU thread each, so that results do not depend on their number."""
+    spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
+    trained_pairs = spawn.Value("q")
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=initialize_process, initargs=(trained_pairs,))
+    try:
+        yield Workers(pool, trained_pairs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def sweep(
     settings: Settings,
     treatments: dict[str, Treatment],
     seeds: int,
-    jobs: int,
+    workers: Workers,
     store: Path,
     device: str,
     learning_rates: Sequence[float] = (),
@@ -78,7 +98,7 @@ def sweep(
         settings: options of all runs.
         treatments: the treatments, by name.
         seeds: number of seeds.
-        jobs: number of processes. Each uses one CPU thread, so the results do not depend on this number.
+        workers: the processes that perform the runs.
         store: folder of the finished runs.
         device: device of the models.
         learning_rates: with more than one, they are tuned, see `tune`.
@@ -89,27 +109,23 @@ def sweep(
             total = sum(len(texts.tokens) for texts in data.texts.values())
             bar = progress.add_task("computing the frozen blocks", total=total)
             with_activations(settings, data, store, device, lambda texts: progress.advance(bar, texts))
-        spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch has threads or CUDA
-        pairs = spawn.Value("q")
-        pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=initialize_process, initargs=(pairs,))
 
         def perform(description: str, phase: list[Job]) -> list[Metrics]:
             unit = 1 if phase[0].treatment is None else settings.steps * settings.batch_size
             paths = [result_path(settings, job, device, store) for job in phase]
             missing = {path: job for path, job in zip(paths, phase) if not path.exists()}
-            futures = {pool.submit(perform_in_process, settings, job, device, store) for job in missing.values()}
-            follow(progress, description, futures, len({*paths}), unit, pairs)
+            futures = {
+                workers.pool.submit(perform_in_process, settings, job, device, store) for job in missing.values()
+            }
+            follow(progress, description, futures, len({*paths}), unit, workers.trained_pairs)
             return [json.loads(path.read_text()) for path in paths]
 
         is_tuned, tuning = len(learning_rates) > 1, list[dict[str, Any]]()
-        try:
-            checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in range(seeds + is_tuned)])
-            if is_tuned:
-                treatments, tuning = tune(treatments, learning_rates, seeds, partial(perform, "tuning"))
-            runs = [(name, seed) for name in treatments for seed in range(seeds)]
-            trained = perform("training the treatments", [Job(treatments[name], seed) for name, seed in runs])
-        finally:
-            pool.shutdown(cancel_futures=True)
+        checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in range(seeds + is_tuned)])
+        if is_tuned:
+            treatments, tuning = tune(treatments, learning_rates, seeds, partial(perform, "tuning"))
+        runs = [(name, seed) for name in treatments for seed in range(seeds)]
+        trained = perform("training the treatments", [Job(treatments[name], seed) for name, seed in runs])
     of_checkpoints = [Run(IMITATION, seed, metrics) for seed, metrics in enumerate(checkpoints[:seeds])]
     of_treatments = [Run(name, seed, metrics) for (name, seed), metrics in zip(runs, trained)]
     return Sweep(of_checkpoints + of_treatments, treatments, tuning)
@@ -166,7 +182,7 @@ def follow(progress: Progress, description: str, futures: set[Future[None]], tot
         futures: the jobs that are not in the store yet.
         total: number of all jobs of the phase.
         unit: pairs of a job that trains, or 1 for jobs that do not.
-        pairs: the counter of `initialize_process`.
+        pairs: the counter of `Workers`.
     """
     found, finished, pairs.value = unit * (total - len(futures)), 0, 0
     bar = progress.add_task(description, total=unit * total, completed=found)

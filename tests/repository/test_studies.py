@@ -52,7 +52,7 @@ from benchmarks.studies.harness import (
 from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import format_summary, metric_at, tabulate
-from benchmarks.studies.sweep import IMITATION, Run, sweep, tuning_group
+from benchmarks.studies.sweep import IMITATION, Run, start_workers, sweep, tuning_group
 from tests.support.studies import ROOT, command_line, run_command
 
 RM_BENCH_ENTRY = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
@@ -513,7 +513,8 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         "released": Treatment(margin=AdaptiveMargin(formula="released")),
     }
     rates = (1e-9, 1e-2)
-    result = sweep(settings, treatments, 1, 1, tmp_path, "cpu", rates)
+    with start_workers(1) as workers:
+        result = sweep(settings, treatments, 1, workers, tmp_path, "cpu", rates)
     assert [(entry["loss"], entry["learning rate"]) for entry in result.tuning] == [
         (loss, rate) for loss in ("simpo", "amapo, paper", "amapo, released") for rate in sorted(rates)
     ]
