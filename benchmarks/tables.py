@@ -294,6 +294,19 @@ def gradient_flow_table() -> str:
     return markdown(("pairs", "", *names), rows, numbers_from=2)
 
 
+def reasoning_table() -> str:
+    """Return the table of the reasoning study on arithmetic: solved problems, ranking and log-prob."""
+    study = load("studies/reasoning")["table, mean and standard deviation over the seeds"]
+    rows = []
+    for name, metrics in study.items():
+        solved, ranked, logp = (metrics[key] for key in ("share solved", "held out", "chosen log-prob"))
+        shares = (f"{100 * mean:.1f} ({100 * std:.1f})" for mean, std in (solved, ranked))
+        rows.append((name, *shares, f"{logp[0]:.3f} ({logp[1]:.3f})"))
+    return markdown(
+        ("", "problems solved", "pairs ranked correctly", "log-prob of right solutions, nats per token"), rows
+    )
+
+
 def scale_table() -> str:
     """Return what a rank holds and receives for a step of a trainable head, by the formulas."""
     rows = []
@@ -350,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
+    "reasoning": reasoning_table,
 }
 
 if __name__ == "__main__":

@@ -301,6 +301,9 @@ def run_study(
                 f"the generated pairs of {name} need the built-in model; with --model, give --data and --eval"
             )
         settings = replace(settings, **study.generated_settings)
+        if args.scale in (None, "small"):
+            given = {name for name in study.small_settings if getattr(args, name) is not None}
+            settings = replace(settings, **{k: v for k, v in study.small_settings.items() if k not in given})
     console.print(f"{name}: {study.question} {len(study.treatments)} treatments, {seeds} seeds")
     data = load(settings)
     for group, num_truncated in data.num_truncated.items():

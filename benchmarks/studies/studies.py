@@ -42,7 +42,8 @@ class Study:
     columns: dict[str, Column]  # the columns of the table, by their headings
     draw: Callable[[Figure, list[Run]], None]  # draws the runs into an empty figure
     remark: Callable[[list[Run]], str] = lambda runs: ""  # returns a text to print below the table
-    generated_settings: dict[str, Any] = field(default_factory=dict)  # replace those of the scale for generated pairs
+    generated_settings: dict[str, Any] = field(default_factory=dict)  # what generated pairs of this study need
+    small_settings: dict[str, Any] = field(default_factory=dict)  # replace those of the scale "small"
     needs_curves: bool = False  # whether `draw` or `columns` use the training curves, which make the JSON far larger
     picture_height: float = 4.2  # inches
     legend_share: float = 0.0  # share of the picture's height that is kept free for a legend at the bottom
@@ -511,7 +512,10 @@ def draw_reasoning(figure: Figure, runs: list[Run]) -> None:
     panels |= {ACCURACY: metric_at("held out"), "log-prob of right solutions, nats per token": CHOSEN_LOGP}
     for axes, (label, column) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
         plot_seeds(axes, runs, column, label, AMAPO)
-        axes.set_title("dot: one seed, bar: mean", fontsize=SMALL_FONT)
+    explanation = figure.axes[0].get_title()
+    for axes in figure.axes:
+        axes.set_title("")  # the panels are too narrow for one explanation each
+    figure.axes[0].set_title(explanation, loc="left", fontsize=SMALL_FONT)
     figure.axes[0].set_ylim(len(treatment_names(runs)) - 0.5, -0.5)  # each call has turned the shared axis upside down
 
 
@@ -528,6 +532,7 @@ REASONING = Study(
     },
     draw=draw_reasoning,
     generated_settings={"task": "arithmetic", "max_prompt": MAX_PROMPT, "max_answer": MAX_SOLUTION},
+    small_settings={"steps": 64, "learning_rate": 1e-4},  # larger rates do more damage, to all losses alike
 )
 
 
