@@ -6,8 +6,10 @@ Depends on torch.
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -364,6 +366,28 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
     (out / "ranking.png").unlink()
     assert run_command("ranking", "--redraw", "--out", out).returncode == 0
     assert (out / "ranking.png").exists()
+
+    sizes = tmp_path / "sizes"
+    for size in ("10M", "0.1M"):
+        (sizes / size).mkdir(parents=True)
+        shutil.copy(out / "gradient-flow.json", sizes / size)
+    command_of_sizes = [sys.executable, "-m", "benchmarks.figures.sizes", "--folder", sizes]
+    subprocess.run(command_of_sizes, cwd=ROOT, check=True, capture_output=True)
+    shares = json.loads((sizes / "sizes.json").read_text())["shares of the misranked pairs"]
+    runs = json.loads((out / "gradient-flow.json").read_text())["runs"]
+    probes = [probe for run in runs if run["treatment"] == "SimPO, gamma 0" for probe in run["figures"]["probes"]]
+    assert len(probes) == 4  # two of each seed
+    norms = (
+        [sum(probe[i] for probe in probes[:2]) for i in (1, 2)],
+        [sum(probe[i] for probe in probes[2:]) for i in (1, 2)],
+    )
+    expected = sum(misranked / (correct + misranked) for correct, misranked in norms) / 2
+    for treatment, row in shares["share of the gradient norm"].items():
+        assert list(row) == ["0.1M", "10M"]
+        assert row["0.1M"] == row["10M"]
+        if treatment == "SimPO, gamma 0":
+            assert row["10M"][0] == pytest.approx(expected)
+    assert all(0 < mean < 1 for table in shares.values() for row in table.values() for mean, _ in row.values())
 
 
 def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -> None:
