@@ -11,10 +11,13 @@ TORCH ?= 2.8.0 2.9.1 2.10.0 2.11.0 2.15.0
 TESTS ?= tests/loss tests/logps
 FRAMEWORKS ?= llamafactory openrlhf swift axolotl torchtune
 STUDIES := ranking ablation batch-size gradient-flow composition perplexity oracle beta reasoning negative-mean
-# Without these, glibc returns the large tensors of a step to the system and asks for them again, a third of the time.
+# Without these settings, glibc gives large tensors back to the system and requests them again in each step, which takes
+# a third of the run time.
 STUDY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(RUN) benchmarks.studies
 SIZES := benchmarks/results/sizes
 RATES ?= 1e-4 3e-4 1e-3
+EXTRA_FILES = $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(if $(ALSO_EVAL),--also-eval $(ALSO_EVAL))
+LANGUAGE_MODEL = $(if $(MODEL),--model "$(MODEL)" --learning-rate $(RATES))
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
 
 .PHONY: demo compare test lint bench head sass trainer scaling estimators runs figures tables trl torch deepspeed frameworks gpu help clean sizes pretrained studies $(STUDIES)
@@ -64,17 +67,17 @@ tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON fi
 pretrained: .venv/ready  ## Write the language model SmolLM2-135M-Instruct into build/, for the studies' option --model.
 	$(RUN) benchmarks.studies.pretrained $(ARGS)
 
-studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL= and RM_BENCH= take your own files.
-	$(STUDY) all $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
+studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL=, RM_BENCH= and ALSO_EVAL= take your own files, and MODEL= a model.
+	$(STUDY) all $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) $(ARGS)
 
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
-	$(STUDY) $@ $(FILES) $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(ARGS)
+	$(STUDY) $@ $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) $(ARGS)
 
-sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 10 million parameters and in MODEL=. Needs DATA= and EVAL=.
+sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 10 million parameters and in SmolLM2. Takes the same variables.
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 64 --layers 2 --out $(SIZES)/0.1M $(ARGS)
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 192 --layers 3 --out $(SIZES)/1M $(ARGS)
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 512 --layers 5 --out $(SIZES)/10M $(ARGS)
-	$(if $(MODEL),$(STUDY) gradient-flow $(FILES) --model $(MODEL) --learning-rate $(RATES) --out $(SIZES)/135M $(ARGS))
+	$(if $(MODEL),$(STUDY) gradient-flow $(FILES) $(LANGUAGE_MODEL) --out $(SIZES)/135M $(ARGS))
 	$(RUN) benchmarks.figures.sizes
 
 # PYTHONPATH is absolute, because some tests start processes in another folder.

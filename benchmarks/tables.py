@@ -300,11 +300,18 @@ def reasoning_table() -> str:
     rows = []
     for name, metrics in study.items():
         solved, ranked, logp = (metrics[key] for key in ("share solved", "held out", "chosen log-prob"))
-        shares = (f"{100 * mean:.1f} ({100 * std:.1f})" for mean, std in (solved, ranked))
-        rows.append((name, *shares, f"{logp[0]:.3f} ({logp[1]:.3f})"))
-    return markdown(
-        ("", "problems solved", "pairs ranked correctly", "log-prob of right solutions, nats per token"), rows
-    )
+        gain = metrics.get("over AMaPO, paper")
+        rows.append(
+            (
+                name,
+                f"{100 * solved[0]:.1f} ({100 * solved[1]:.1f})",
+                f"{100 * gain[0]:+.1f} ({100 * gain[1]:.1f})" if gain else "",
+                f"{100 * ranked[0]:.1f} ({100 * ranked[1]:.1f})",
+                f"{logp[0]:.3f} ({logp[1]:.3f})",
+            )
+        )
+    header = ("problems solved", "against AMaPO, paper", "pairs ranked correctly", "log-prob of right solutions")
+    return markdown(("", *header), rows)
 
 
 def scale_table() -> str:

@@ -32,19 +32,20 @@ def misranked_share(quantity: str) -> Column:
     columns = [case_share(case, quantity) for case in CASES if case.startswith("misranked")]
 
     def share(metrics: Metrics) -> float | None:
-        return sum(column(metrics) or 0 for column in columns)
+        shares = [share for column in columns if (share := column(metrics)) is not None]
+        return sum(shares) if len(shares) == len(columns) else None
 
     return share
 
 
 def norm_share(metrics: Metrics) -> float | None:
     """Return the misranked pairs' gradient norm divided by the sum of the norms of both kinds of pairs."""
-    correct, misranked = (gradient_norm(ranked)(metrics) or 0 for ranked in ("correct", "misranked"))
-    return misranked / (correct + misranked)
+    correct, misranked = gradient_norm("correct")(metrics), gradient_norm("misranked")(metrics)
+    return None if correct is None or misranked is None else misranked / (correct + misranked)
 
 
 COLUMNS: dict[str, Column] = {
-    "share of the pairs": misranked_share("share"),
+    "share of all pairs": misranked_share("share"),
     "share of the gradient weight": misranked_share("spent"),
     "share of the gradient norm": norm_share,
 }
@@ -60,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=RESULTS / "sizes", help="folder of the sizes")
     args = parser.parse_args()
-    folders = sorted((path for path in args.folder.iterdir() if path.is_dir()), key=parameters_of)
+    folders = sorted((path.parent for path in args.folder.glob("*M/gradient-flow.json")), key=parameters_of)
+    if not folders:
+        parser.error(f"{args.folder} has no results; `make sizes` writes them")
     runs = {
         folder: [Run.from_json(entry) for entry in json.loads((folder / "gradient-flow.json").read_text())["runs"]]
         for folder in folders
@@ -69,13 +72,15 @@ def main() -> None:
     figure, all_axes = plt.subplots(1, len(COLUMNS), figsize=(11, 3.6), sharey=True)
     for axes, (title, column) in zip(all_axes, COLUMNS.items()):
         table = {
-            treatment: {folder.name: summarize(seed_values(runs[folder], treatment, column)) for folder in folders}
+            treatment: {
+                f"share, {folder.name}": summarize(seed_values(runs[folder], treatment, column)) for folder in folders
+            }
             for treatment in TREATMENTS
         }
-        print_table(console, f"share of misranked pairs: {title}", table)
+        print_table(console, f"misranked pairs: {title}", table)
         record[title] = table
         for treatment, row in table.items():
-            drawn = {parameters_of(folder): summary for folder in folders if (summary := row[folder.name])}
+            drawn = {parameters_of(path): summary for path in folders if (summary := row[f"share, {path.name}"])}
             means, spreads = ([summary[i] or 0 for summary in drawn.values()] for i in (0, 1))
             axes.errorbar(list(drawn), means, spreads, marker="o", capsize=3, label=treatment)
         axes.set(xscale="log", xlabel="parameters", title=title, ylim=(0, 1))

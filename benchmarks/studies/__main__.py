@@ -222,6 +222,17 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--trained-blocks needs --model")
     if args.scale == "pretrained" and not args.model:
         parser.error("--scale pretrained needs --model")
+    if args.dtype and not args.model:
+        parser.error("--dtype needs --model: the built-in model computes in float32")
+    if (args.train_pairs or args.eval_pairs) and not args.data:
+        parser.error("--train-pairs and --eval-pairs need --data and --eval")
+    for name in STUDIES if args.study == "all" else [args.study]:
+        if args.data or not STUDIES[name].generated_settings:
+            continue
+        if args.model:
+            parser.error(f"the generated pairs of {name} need the built-in model; with --model, give --data and --eval")
+        if args.max_prompt or args.max_answer:
+            parser.error(f"--max-prompt and --max-answer cannot be set for the generated pairs of {name}")
     names = [*RESERVED_NAMES, *map(name_of, [*args.rm_bench, *args.also_eval])]
     if repeated := [name for name in names if names.count(name) > 1]:
         parser.error(f"no file of --rm-bench and --also-eval can be called {repeated[0]}: this name is already taken")
@@ -244,7 +255,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         eval=args.eval,
         rm_bench=tuple(args.rm_bench),
         also_eval=tuple(args.also_eval),
-        task="sounds",
+        task=None if args.data else "sounds",
         model=args.model,
         dtype=(args.dtype or fast_dtype(args.device)) if args.model else "float32",
         **values,
@@ -296,14 +307,10 @@ def run_study(
     """Perform all runs of a study and write them to its JSON file."""
     study = STUDIES[name]
     if not settings.data:
-        if settings.model and study.generated_settings:
-            raise ValueError(
-                f"the generated pairs of {name} need the built-in model; with --model, give --data and --eval"
-            )
         settings = replace(settings, **study.generated_settings)
-        if args.scale in (None, "small"):
-            given = {name for name in study.small_settings if getattr(args, name) is not None}
-            settings = replace(settings, **{k: v for k, v in study.small_settings.items() if k not in given})
+        if args.scale != "smoke":
+            defaults = study.generated_defaults.items()
+            settings = replace(settings, **{option: v for option, v in defaults if getattr(args, option) is None})
     console.print(f"{name}: {study.question} {len(study.treatments)} treatments, {seeds} seeds")
     data = load(settings)
     for group, num_truncated in data.num_truncated.items():
@@ -316,11 +323,7 @@ def run_study(
     runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
         "asks": study.question,
-        "settings": {
-            option: value if isinstance(value, int | float) else str(value)
-            for option, value in asdict(settings).items()
-            if value
-        },
+        "settings": {option: as_json(value) for option, value in asdict(settings).items()},
         "pairs": {group: len(data.texts[group].tokens) // 2 for group in GROUPS if group in data.texts},
         "problems": {group: len(prompts) for group, prompts in data.problems.items()},
         "held-out pairs by confidence": {
@@ -334,11 +337,18 @@ def run_study(
     write_json(path, "benchmarks.studies", record)
 
 
+def as_json(value: Any) -> Any:
+    """Return the value of a setting as it stands in JSON."""
+    if isinstance(value, tuple):
+        return [str(path) for path in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def report_study(console: Console, name: str, path: Path) -> None:
     """Print the table of a study, add it to the study's JSON file, and draw the picture next to this file."""
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
-    table = tabulate(runs, study.columns, study.baseline)
+    table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared)
     print_table(console, study.question, table)
     record["table, mean and standard deviation over the seeds"] = table
     record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table

@@ -50,7 +50,7 @@ class Settings:
     """
 
     data: Path | None  # preference file for training; None: generated pairs and generated styles
-    task: str  # what generated pairs are about: "sounds", or "arithmetic", whose pairs are the checkpoint's mistakes
+    task: str | None  # of generated pairs: "sounds", or "arithmetic", whose pairs are the checkpoint's mistakes
     eval: Path | None  # preference file for the evaluation
     rm_bench: tuple[Path, ...]  # RM-Bench files
     also_eval: tuple[Path, ...]  # other preference files for the evaluation
@@ -217,6 +217,11 @@ def with_mistakes(settings: Settings, data: Data, mistakes: dict[str, dict[str, 
         mistakes: for each group of problems, a wrong solution by problem.
     """
     pairs = {group: own_pairs(of_group) for group, of_group in mistakes.items()}
+    for group, of_group in pairs.items():
+        if not of_group:
+            raise ValueError(
+                f"the model makes no mistakes in the {group} problems, so it has no pairs: use fewer --imitation-steps"
+            )
     texts = {
         group: tensors(both_answers(of_group), settings.max_prompt, settings.max_answer)[0]
         for group, of_group in pairs.items()
@@ -279,7 +284,8 @@ def store_key(settings: Settings, job: Job, device: str) -> str:
 def path_digest(path: Path) -> str:
     """Return a digest of the content of a file, or of all files of a directory, which holds a model."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(2**20):

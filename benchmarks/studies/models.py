@@ -96,6 +96,8 @@ class HuggingFaceLM(nn.Module):
             inputs = output.hidden_states[first_trained_block(directory, self.body, trained_blocks)]
             self.requires_grad_(False)
             self.body.layers = self.body.layers[-trained_blocks:].requires_grad_()
+            if types := getattr(self.body.config, "layer_types", None):  # the kind of attention of each block
+                self.body.config.layer_types = types[-trained_blocks:]
         with torch.no_grad():
             if not torch.allclose(self.answer_logps(inputs, tokens), expected, rtol=1e-4):
                 raise ValueError(

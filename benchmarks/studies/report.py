@@ -4,6 +4,7 @@ Depends on torch, matplotlib, rich, and on harness.py and sweep.py.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def metric_at(*path: str) -> Column:
     return look_up
 
 
+held_out_accuracy = metric_at("held out")
+
+
 def seed_values(runs: list[Run], treatment: str, column: Column) -> Tensor:
     """Return the column's number for each seed of a treatment, in the order of the seeds.
 
@@ -59,18 +63,31 @@ def treatment_names(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(run.treatment for run in runs))
 
 
-def tabulate(runs: list[Run], columns: dict[str, Column], baseline: str) -> dict[str, dict[str, Summary]]:
+def tabulate(
+    runs: list[Run],
+    columns: dict[str, Column],
+    baseline: str,
+    other_baselines: Mapping[str, str] = MappingProxyType({}),
+    compared: Column = held_out_accuracy,
+) -> dict[str, dict[str, Summary]]:
     """Return the table of a study: the summary of every column, by treatment.
 
-    The last column, "over BASELINE", summarizes the differences in held-out accuracy from the baseline. Each difference
-    is between two runs with the same seed, that is, from the same checkpoint.
+    The last column, "over BASELINE", summarizes the differences in `compared` from the baseline. Each difference is
+    between two runs with the same seed, that is, from the same checkpoint.
+
+    Args:
+        runs: the runs of all treatments.
+        columns: the columns, by their headings.
+        baseline: the treatment that the others are compared with.
+        other_baselines: the treatment that a treatment is compared with instead, for some of them.
+        compared: what is compared, by default the held-out accuracy.
     """
-    held_out = metric_at("held out")
     rows = {}
     for name in treatment_names(runs):
         row = {title: summarize(seed_values(runs, name, column)) for title, column in columns.items()}
-        if name not in (baseline, IMITATION):
-            differences = seed_values(runs, name, held_out) - seed_values(runs, baseline, held_out)
+        of_name = other_baselines.get(name, baseline)
+        if name not in (of_name, IMITATION):
+            differences = seed_values(runs, name, compared) - seed_values(runs, of_name, compared)
             row[f"over {baseline}"] = summarize(differences)
         rows[name] = row
     return rows

@@ -22,6 +22,7 @@ from benchmarks.studies.harness import Metrics, Treatment
 from benchmarks.studies.report import (
     SMALL_FONT,
     Column,
+    held_out_accuracy,
     metric_at,
     plot_means,
     plot_seeds,
@@ -43,7 +44,9 @@ class Study:
     draw: Callable[[Figure, list[Run]], None]  # draws the runs into an empty figure
     remark: Callable[[list[Run]], str] = lambda runs: ""  # returns a text to print below the table
     generated_settings: dict[str, Any] = field(default_factory=dict)  # what generated pairs of this study need
-    small_settings: dict[str, Any] = field(default_factory=dict)  # replace those of the scale "small"
+    generated_defaults: dict[str, Any] = field(default_factory=dict)  # for them, in place of those of the scale
+    other_baselines: dict[str, str] = field(default_factory=dict)  # for treatments that are compared with another one
+    compared: Column = held_out_accuracy  # what the comparison with the baseline is about
     needs_curves: bool = False  # whether `draw` or `columns` use the training curves, which make the JSON far larger
     picture_height: float = 4.2  # inches
     legend_share: float = 0.0  # share of the picture's height that is kept free for a legend at the bottom
@@ -488,7 +491,8 @@ BETA = Study(
 )
 
 
-# 9. Reasoning. Generated pairs are arithmetic, where the solutions that the model generates can be scored exactly.
+# 9. Reasoning: a margin for the pairs that have none in the paper. Generated pairs are arithmetic, where the solutions
+# that the model generates can be scored exactly.
 
 FLOORS = {floor: f"AMaPO, floor {floor:g}" for floor in (0.5, 1.0, 2.0)}
 REASONING_TREATMENTS = {
@@ -498,7 +502,7 @@ REASONING_TREATMENTS = {
     AMAPO: LOSSES[AMAPO],  # its floor is 0
     **{name: Treatment(margin=AdaptiveMargin(floor=floor)) for floor, name in FLOORS.items()},
     "AMaPO, no zero-clipping": ABLATIONS["no zero-clipping"],
-    # With so small a beta, the gradient of the preference loss is negligible.
+    # With so small a beta, the gradient of the preference loss is negligible. Its gradient weights mean nothing here.
     "SFT alone": Treatment("simpo", beta=1e-6, sft=1.0),
     f"{SIMPO}, with SFT": replace(LOSSES[SIMPO], sft=1.0),
     "AMaPO, paper, with SFT": Treatment(sft=1.0),
@@ -520,7 +524,7 @@ def draw_reasoning(figure: Figure, runs: list[Run]) -> None:
 
 
 REASONING = Study(
-    question="Does a margin for correct pairs help reasoning?",
+    question="Does a margin for pairs above the batch mean help reasoning?",
     treatments=REASONING_TREATMENTS,
     baseline=AMAPO,
     columns={
@@ -532,7 +536,8 @@ REASONING = Study(
     },
     draw=draw_reasoning,
     generated_settings={"task": "arithmetic", "max_prompt": MAX_PROMPT, "max_answer": MAX_SOLUTION},
-    small_settings={"steps": 64, "learning_rate": 1e-4},  # larger rates do more damage, to all losses alike
+    generated_defaults={"steps": 64, "learning_rate": 1e-4},
+    compared=lambda metrics: metrics.get("solved", metrics["held out"]),
 )
 
 
@@ -580,6 +585,7 @@ NEGATIVE_MEAN = Study(
         **BY_CONFIDENCE,
         "chosen log-prob": CHOSEN_LOGP,
     },
+    other_baselines={name: f"{SIMPO}; {MOSTLY_MISRANKED:.0%} misranked" for name in NEGATIVE_MEANS if ";" in name},
     draw=draw_negative_mean,
     needs_curves=True,
     picture_height=6.5,

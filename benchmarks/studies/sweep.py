@@ -139,8 +139,8 @@ def tune(
 ) -> tuple[dict[str, Treatment], list[dict[str, Any]]]:
     """Choose a learning rate for each loss, and for each formula of AMaPO, on the validation pairs.
 
-    The first treatment of a loss is trained once with each rate. The rate with the highest accuracy wins, or the
-    smallest of several that are equal. All treatments of the loss take it.
+    The first treatment of a loss in the study is trained once with each rate. The rate with the highest accuracy wins,
+    or the smallest of several that are equal. All treatments of the loss take it.
 
     Args:
         treatments: the treatments, by name.
@@ -151,8 +151,10 @@ def tune(
     Returns:
         The treatments with their rates, and one entry for each training.
     """
-    first = {tuning_group(treatment): treatment for treatment in reversed(treatments.values())}
-    tried = [(group, rate) for group in reversed(first) for rate in sorted(learning_rates)]
+    first: dict[str, Treatment] = {}
+    for treatment in treatments.values():
+        first.setdefault(tuning_group(treatment), treatment)
+    tried = [(group, rate) for group in first for rate in sorted(learning_rates)]
     found = perform([Job(replace(first[group], learning_rate=rate), seed, True) for group, rate in tried])
     entries, best = [], dict[str, tuple[float, float]]()
     for (group, rate), metrics in zip(tried, found):

@@ -301,6 +301,9 @@ def test_tables_have_means_standard_deviations_and_differences_from_the_baseline
     assert rows["a"]["low"] is rows["a"]["none"] is None
     assert rows["a"]["held out"] == pytest.approx((0.625, 0.1767767))
     assert rows["b"]["over a"] == pytest.approx((0.075, 0.05 * 0.5**0.5))  # the differences are 0.1 and 0.05
+    others = tabulate(runs, columns, "a", {"a": "b", "b": "b"}, compared=lambda metrics: -metrics["held out"])
+    assert others["a"]["over a"] == pytest.approx(rows["b"]["over a"])  # now a is compared with b
+    assert "over a" not in others["b"]
     assert format_summary("over a", rows["b"]["over a"]) == "+7.5 (3.5)"
     assert format_summary("held out", rows["a"]["held out"]) == "62.5 (17.7)"
     assert format_summary("held out", (0.5, None)) == "50.0"
@@ -383,10 +386,10 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
     )
     expected = sum(misranked / (correct + misranked) for correct, misranked in norms) / 2
     for treatment, row in shares["share of the gradient norm"].items():
-        assert list(row) == ["0.1M", "10M"]
-        assert row["0.1M"] == row["10M"]
+        assert list(row) == ["share, 0.1M", "share, 10M"]
+        assert row["share, 0.1M"] == row["share, 10M"]
         if treatment == "SimPO, gamma 0":
-            assert row["10M"][0] == pytest.approx(expected)
+            assert row["share, 10M"][0] == pytest.approx(expected)
     assert all(0 < mean < 1 for table in shares.values() for row in table.values() for mean, _ in row.values())
 
 
@@ -458,6 +461,10 @@ def test_an_invalid_file_is_reported_before_any_run(tmp_path: Path) -> None:
         (["beta", "--imitation-steps", "-1"], "--imitation-steps must be at least 0, got -1"),
         (["beta", "--trained-blocks", "2"], "--trained-blocks needs --model"),
         (["beta", "--scale", "pretrained"], "--scale pretrained needs --model"),
+        (["beta", "--dtype", "float32"], "--dtype needs --model"),
+        (["beta", "--eval-pairs", "5"], "--train-pairs and --eval-pairs need --data and --eval"),
+        (["all", "--model", "x", "--learning-rate", "1"], "the generated pairs of reasoning need the built-in model"),
+        (["reasoning", "--max-answer", "9"], "cannot be set for the generated pairs of reasoning"),
         (
             ["beta", "--data", "x", "--eval", "x", "--also-eval", "a/validation.jsonl"],
             "no file of --rm-bench and --also-eval can be called validation",
@@ -572,6 +579,7 @@ def test_files_are_sampled_in_their_order_and_further_files_are_evaluated(tmp_pa
     path, entries = tmp_path / "pairs.jsonl", tmp_path / "styles.json"
     path.write_text("\n".join(lines))
     entries.write_text(json.dumps([RM_BENCH_ENTRY | {"prompt": str(i)} for i in range(9)]))
+    shutil.copy(path, tmp_path / "further.jsonl")
     corpus = file_corpus(path, path, [entries], [path], train_pairs=20, eval_pairs=5, styled_entries=4)
     sizes = (len(corpus.train), len(corpus.validation), len(corpus.held_out), len(corpus.demonstrations))
     assert sizes == (20, 5, 5, 54)
@@ -581,12 +589,13 @@ def test_files_are_sampled_in_their_order_and_further_files_are_evaluated(tmp_pa
     assert [everything.index(pair) for pair in corpus.held_out] == sorted(everything.index(p) for p in corpus.held_out)
     assert sample(everything, 60) == sample(everything, None) == everything
 
-    arguments = ("beta", "--data", path, "--eval", path, "--also-eval", path, "--scale", "smoke", "--seeds", 1)
+    files = ("--data", path, "--eval", path, "--also-eval", tmp_path / "further.jsonl")
+    arguments = ("perplexity", *files, "--scale", "smoke", "--seeds", 1)
     completed = run_command(*arguments, "--store", tmp_path / "store", "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
-    for run in json.loads((tmp_path / "beta.json").read_text())["runs"]:
+    for run in json.loads((tmp_path / "perplexity.json").read_text())["runs"]:
         figures = run["figures"]
-        assert figures["further"]["pairs"] == {
+        assert figures["further"]["further"] == {
             "accuracy": figures["held out"],
             "chosen log-prob": figures["chosen log-prob"],
         }

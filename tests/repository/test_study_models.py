@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.studies.__main__ import parse_args
 from benchmarks.studies.arithmetic import (
     MAX_PROMPT,
     MAX_SOLUTION,
@@ -26,11 +27,13 @@ from benchmarks.studies.arithmetic import (
 )
 from benchmarks.studies.data import Pair, both_answers, generated_corpus
 from benchmarks.studies.harness import Treatment, all_logps, pair_logps
+from benchmarks.studies.jobs import path_digest, with_mistakes
 from benchmarks.studies.models import (
     END,
     ByteLM,
     HuggingFaceLM,
     Texts,
+    check_fit,
     frozen_activations,
     hugging_face_tokenizer,
     length_batches,
@@ -120,8 +123,6 @@ def test_micro_batches_have_the_log_probs_and_the_gradient_of_one_batch(tmp_path
 def test_a_hugging_face_model_is_the_checkpoint_and_must_fit_the_texts(tmp_path: Path) -> None:
     """The model needs a context that is long enough and a vocabulary that holds the tokenizer's ids."""
     tiny_hugging_face_model(tmp_path / "fits")
-    tiny_hugging_face_model(tmp_path / "short context", positions=20)
-    tiny_hugging_face_model(tmp_path / "small vocabulary", vocabulary=100)
     scale = ("--scale", "smoke", "--learning-rate", "1e-3", "--seeds", 1, "--trained-blocks", 2)
     folders = ("--store", tmp_path / "store", "--out", tmp_path)
     completed = run_command("perplexity", "--model", tmp_path / "fits", *scale, *folders)
@@ -129,14 +130,45 @@ def test_a_hugging_face_model_is_the_checkpoint_and_must_fit_the_texts(tmp_path:
     record = json.loads((tmp_path / "perplexity.json").read_text())
     assert record["settings"]["model"] == str(tmp_path / "fits")
     assert record["settings"]["trained_blocks"] == 2
-    assert "imitation_steps" not in record["settings"]
-    for name, message in (
-        ("short context", "the model accepts at most 20 tokens, but the longest text has"),
-        ("small vocabulary", "the model has a vocabulary of 100"),
+    assert record["settings"]["imitation_steps"] == 0
+    for name, message, options in (
+        ("short context", "the model accepts at most 20 tokens, but the longest text has", {"positions": 20}),
+        ("small vocabulary", "the model has a vocabulary of 100", {"vocabulary": 100}),
     ):
-        completed = run_command("perplexity", "--model", tmp_path / name, *scale, *folders)
-        assert completed.returncode == 1
-        assert message in completed.stderr
+        with pytest.raises(ValueError, match=message):
+            check_fit(tiny_hugging_face_model(tmp_path / name, **options), [hugging_face_texts(tmp_path / "fits")])
+
+
+def test_the_digest_of_a_model_covers_all_its_files(tmp_path: Path) -> None:
+    """Some directories have folders of their own, which need not be read as files."""
+    digests = set()
+    for content in ("a", "b"):
+        directory = tmp_path / content
+        (directory / "folder").mkdir(parents=True)
+        (directory / "config.json").write_text("{}")
+        (directory / "folder" / "weights").write_text(content)
+        digests.add(path_digest(directory))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("trained_blocks", [1, 2])
+def test_frozen_blocks_keep_the_kind_of_attention_of_each_block(tmp_path: Path, trained_blocks: int) -> None:
+    """Its blocks alternate between a sliding window of four tokens and full attention."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=300, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, layer_types=kinds, **sizes
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    model = tiny_hugging_face_model(tmp_path / "tokenizer")
+    texts = hugging_face_texts(model)
+    expected = all_logps(HuggingFaceLM(tmp_path), texts)
+    activations = frozen_activations(tmp_path, trained_blocks, texts, tmp_path / "x", torch.float32, "cpu")
+    torch.testing.assert_close(
+        all_logps(HuggingFaceLM(tmp_path, trained_blocks), texts._replace(activations=activations)), expected
+    )
 
 
 def test_a_model_that_scales_its_logits_is_rejected(tmp_path: Path) -> None:
@@ -222,4 +254,6 @@ def test_generation_takes_the_most_probable_tokens_and_mistakes_are_wrong() -> N
     mistakes = own_mistakes(model, prompts, seed=1)
     assert list(mistakes) == prompts
     assert mistakes == own_mistakes(model, prompts, seed=1) != own_mistakes(model, prompts, seed=2)
+    with pytest.raises(ValueError, match="makes no mistakes in the train problems"):
+        with_mistakes(parse_args(["reasoning"])[1], None, {"train": {}})
     assert own_pairs(mistakes)[0] == Pair(prompts[0], solve(prompts[0]), mistakes[prompts[0]])
