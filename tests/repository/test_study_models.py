@@ -16,6 +16,7 @@ from benchmarks.studies.__main__ import parse_args
 from benchmarks.studies.arithmetic import (
     MAX_PROMPT,
     MAX_SOLUTION,
+    TRIES,
     arithmetic_problems,
     generate,
     is_right,
@@ -257,3 +258,19 @@ def test_generation_takes_the_most_probable_tokens_and_mistakes_are_wrong() -> N
     with pytest.raises(ValueError, match="makes no mistakes in the train problems"):
         with_mistakes(parse_args(["reasoning"])[1], None, {"train": {}})
     assert own_pairs(mistakes)[0] == Pair(prompts[0], solve(prompts[0]), mistakes[prompts[0]])
+
+
+def test_solutions_are_sampled_until_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first problem is solved wrongly at once, the second at the third try, and the third never."""
+    prompts = ["123+456=", "999+111=", "100+100="]
+    asked = []
+
+    def generate_in_order(model: object, remaining: list[str], generator: object) -> list[str]:
+        asked.append(list(remaining))
+        is_wrong = {prompts[0]: True, prompts[1]: len(asked) == 3, prompts[2]: False}
+        return [f"wrong {prompt}" if is_wrong[prompt] else solve(prompt) for prompt in remaining]
+
+    monkeypatch.setattr("benchmarks.studies.arithmetic.generate", generate_in_order)
+    mistakes = own_mistakes(ByteLM(16, 1, 1 + MAX_PROMPT + MAX_SOLUTION), prompts, seed=0)
+    assert mistakes == {prompt: f"wrong {prompt}" for prompt in prompts[:2]}
+    assert asked == [prompts, prompts[1:], prompts[1:], *[prompts[2:]] * (TRIES - 3)]
