@@ -214,7 +214,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             "--rm-bench and --also-eval need --data and --eval: a model of generated pairs has not learned natural "
             "language"
         )
-    if args.model and args.learning_rate is None:
+    if args.model and args.learning_rate is None and not args.redraw:
         parser.error("--model needs --learning-rate: the default is far too large for a pretrained model")
     if args.model and (args.width or args.layers):
         parser.error("--width and --layers set the size of the built-in model and cannot be combined with --model")

