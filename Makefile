@@ -64,7 +64,7 @@ figures: .venv/ready  ## Draw the margins of the two formulas, and the margins a
 tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files of the benchmarks.
 	$(RUN) benchmarks.tables
 
-pretrained: .venv/ready  ## Write the language model SmolLM2-135M-Instruct into build/, for the studies' option --model.
+pretrained: .venv/ready  ## Write the language model SmolLM2-135M-Instruct into build/, which the studies take with MODEL=.
 	$(RUN) benchmarks.studies.pretrained $(ARGS)
 
 studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL=, RM_BENCH= and ALSO_EVAL= take your own files, and MODEL= a model.

