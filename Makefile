@@ -15,7 +15,7 @@ STUDIES := ranking ablation batch-size gradient-flow composition perplexity orac
 # a third of the run time.
 STUDY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(RUN) benchmarks.studies
 SIZES := benchmarks/results/sizes
-RATES ?= 1e-4 3e-4 1e-3
+RATES ?= 3e-4 1e-3 3e-3
 EXTRA_FILES = $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(if $(ALSO_EVAL),--also-eval $(ALSO_EVAL))
 LANGUAGE_MODEL = $(if $(MODEL),--model "$(MODEL)" --learning-rate $(RATES))
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
@@ -73,11 +73,11 @@ studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL=, RM_BE
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
 	$(STUDY) $@ $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) $(ARGS)
 
-sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 10 million parameters and in SmolLM2. Takes the same variables.
+sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 10 million parameters and in MODEL=. It takes the same variables.
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 64 --layers 2 --out $(SIZES)/0.1M $(ARGS)
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 192 --layers 3 --out $(SIZES)/1M $(ARGS)
 	$(STUDY) gradient-flow $(FILES) --scale sizes --width 512 --layers 5 --out $(SIZES)/10M $(ARGS)
-	$(if $(MODEL),$(STUDY) gradient-flow $(FILES) $(LANGUAGE_MODEL) --out $(SIZES)/135M $(ARGS))
+	$(if $(MODEL),$(STUDY) gradient-flow $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) --out "$(SIZES)/$$(basename "$(MODEL)")" $(ARGS))
 	$(RUN) benchmarks.figures.sizes
 
 # PYTHONPATH is absolute, because some tests start processes in another folder.

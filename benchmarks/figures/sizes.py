@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures.sizes
 
-Each size is a folder of benchmarks/results/sizes with the results of the study gradient-flow. The command prints a
+Each folder of benchmarks/results/sizes has the results of the study gradient-flow for one model. The command prints a
 table, writes JSON and draws a picture.
 
 Depends on torch, matplotlib, rich, benchmarks.record, and on benchmarks.studies.
@@ -51,36 +51,28 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def parameters_of(folder: Path) -> float:
-    """Return the number of parameters that a folder's name says, such as 100,000 for "0.1M"."""
-    return 1e6 * float(folder.name.removesuffix("M"))
-
-
 def main() -> None:
     """Read the results of all sizes and compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=RESULTS / "sizes", help="folder of the sizes")
     args = parser.parse_args()
-    folders = sorted((path.parent for path in args.folder.glob("*M/gradient-flow.json")), key=parameters_of)
-    if not folders:
+    records = {path.parent.name: json.loads(path.read_text()) for path in args.folder.glob("*/gradient-flow.json")}
+    if not records:
         parser.error(f"{args.folder} has no results; `make sizes` writes them")
-    runs = {
-        folder: [Run.from_json(entry) for entry in json.loads((folder / "gradient-flow.json").read_text())["runs"]]
-        for folder in folders
-    }
-    console, record = Console(), {}
+    sizes = sorted(records, key=lambda name: records[name]["parameters"])
+    parameters = {name: records[name]["parameters"] for name in sizes}
+    runs = {name: [Run.from_json(entry) for entry in records[name]["runs"]] for name in sizes}
+    console, shares = Console(), {}
     figure, all_axes = plt.subplots(1, len(COLUMNS), figsize=(11, 3.6), sharey=True)
     for axes, (title, column) in zip(all_axes, COLUMNS.items()):
         table = {
-            treatment: {
-                f"share, {folder.name}": summarize(seed_values(runs[folder], treatment, column)) for folder in folders
-            }
+            treatment: {f"share, {name}": summarize(seed_values(runs[name], treatment, column)) for name in sizes}
             for treatment in TREATMENTS
         }
         print_table(console, f"misranked pairs: {title}", table)
-        record[title] = table
+        shares[title] = table
         for treatment, row in table.items():
-            drawn = {parameters_of(path): summary for path in folders if (summary := row[f"share, {path.name}"])}
+            drawn = {parameters[name]: summary for name in sizes if (summary := row[f"share, {name}"])}
             means, spreads = ([summary[i] or 0 for summary in drawn.values()] for i in (0, 1))
             axes.errorbar(list(drawn), means, spreads, marker="o", capsize=3, label=treatment)
         axes.set(xscale="log", xlabel="parameters", title=title, ylim=(0, 1))
@@ -88,7 +80,7 @@ def main() -> None:
     all_axes[0].legend(fontsize=SMALL_FONT)
     figure.tight_layout()
     path = args.folder / "sizes.json"
-    write_json(path, "benchmarks.figures.sizes", {"shares of the misranked pairs": record})
+    write_json(path, "benchmarks.figures.sizes", {"parameters": parameters, "shares of the misranked pairs": shares})
     write_picture(path.with_suffix(".png"), figure)
     console.print(f"wrote {path.name} and {path.stem}.png in {path.parent}", soft_wrap=True)
 

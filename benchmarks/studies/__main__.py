@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
 from benchmarks.studies.data import name_of
 from benchmarks.studies.evaluation import BANDS, indices_in_band
-from benchmarks.studies.jobs import Settings, load
+from benchmarks.studies.jobs import Settings, load, new_model
 from benchmarks.studies.report import print_table, tabulate
 from benchmarks.studies.studies import STUDIES
 from benchmarks.studies.sweep import Run, Workers, available_cores, start_workers, sweep
@@ -324,6 +324,7 @@ def run_study(
     record = {
         "asks": study.question,
         "settings": {option: as_json(value) for option, value in asdict(settings).items()},
+        "parameters": count_parameters(settings),
         "pairs": {group: len(data.texts[group].tokens) // 2 for group in GROUPS if group in data.texts},
         "problems": {group: len(prompts) for group, prompts in data.problems.items()},
         "held-out pairs by confidence": {
@@ -335,6 +336,18 @@ def run_study(
         "runs": [run.to_json() for run in runs],
     }
     write_json(path, "benchmarks.studies", record)
+
+
+def count_parameters(settings: Settings) -> int:
+    """Return the number of parameters of the whole model, trained or frozen, without loading its weights."""
+    if settings.model is None:
+        return sum(parameter.numel() for parameter in new_model(settings, 0, "meta").parameters())
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM  # Transformers has no types for `from_config`
+    with torch.device("meta"):
+        model = auto_model.from_config(AutoConfig.from_pretrained(settings.model, local_files_only=True))
+    return int(model.num_parameters())
 
 
 def as_json(value: Any) -> Any:

@@ -371,14 +371,18 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
     assert (out / "ranking.png").exists()
 
     sizes = tmp_path / "sizes"
-    for size in ("10M", "0.1M"):
-        (sizes / size).mkdir(parents=True)
-        shutil.copy(out / "gradient-flow.json", sizes / size)
+    flow = json.loads((out / "gradient-flow.json").read_text())
+    model = ByteLM(16, 1, 1 + 32 + 24)
+    assert flow["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for name, parameters in (("larger", 10_000_000), ("smaller", 100_000)):
+        (sizes / name).mkdir(parents=True)
+        (sizes / name / "gradient-flow.json").write_text(json.dumps(flow | {"parameters": parameters}))
     command_of_sizes = [sys.executable, "-m", "benchmarks.figures.sizes", "--folder", sizes]
     subprocess.run(command_of_sizes, cwd=ROOT, check=True, capture_output=True)
     shares = json.loads((sizes / "sizes.json").read_text())["shares of the misranked pairs"]
-    runs = json.loads((out / "gradient-flow.json").read_text())["runs"]
-    probes = [probe for run in runs if run["treatment"] == "SimPO, gamma 0" for probe in run["figures"]["probes"]]
+    probes = [
+        probe for run in flow["runs"] if run["treatment"] == "SimPO, gamma 0" for probe in run["figures"]["probes"]
+    ]
     assert len(probes) == 4  # two of each seed
     norms = (
         [sum(probe[i] for probe in probes[:2]) for i in (1, 2)],
@@ -386,10 +390,10 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
     )
     expected = sum(misranked / (correct + misranked) for correct, misranked in norms) / 2
     for treatment, row in shares["share of the gradient norm"].items():
-        assert list(row) == ["share, 0.1M", "share, 10M"]
-        assert row["share, 0.1M"] == row["share, 10M"]
+        assert list(row) == ["share, smaller", "share, larger"]
+        assert row["share, smaller"] == row["share, larger"]
         if treatment == "SimPO, gamma 0":
-            assert row["share, 10M"][0] == pytest.approx(expected)
+            assert row["share, larger"][0] == pytest.approx(expected)
     assert all(0 < mean < 1 for table in shares.values() for row in table.values() for mean, _ in row.values())
 
 
@@ -480,6 +484,26 @@ def test_invalid_arguments_are_reported(arguments: list[str], message: str, caps
     with pytest.raises(SystemExit, match="2"):
         command.parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_makefile_compares_four_models(tmp_path: Path) -> None:
+    """The path of the model has a space, and the options of the files reach the command."""
+    variables = ["MODEL=some where/model/", "DATA=a.jsonl", "EVAL=b.jsonl", "ALSO_EVAL=c.jsonl", f"SIZES={tmp_path}"]
+    print_arguments = ["make", "-s", "--old-file", ".venv/ready", "RUN=printf '%s\\n'", "sizes", *variables]
+    printed = subprocess.run(print_arguments, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    _, *commands = printed.removesuffix("benchmarks.figures.sizes\n").split("benchmarks.studies\n")
+    parsed = [command.parse_args(arguments.splitlines())[:2] for arguments in commands]
+    assert [args.study for args, _ in parsed] == ["gradient-flow"] * 4
+    assert [args.out.name for args, _ in parsed] == ["0.1M", "1M", "10M", "model"]
+    assert all(settings.data == Path("a.jsonl") and settings.eval == Path("b.jsonl") for _, settings in parsed)
+    (_, *_, (_, of_model)) = parsed
+    assert of_model.model == Path("some where/model")
+    assert of_model.also_eval == (Path("c.jsonl"),)
+    for (args, settings), parameters in zip(parsed, (1e5, 1e6, 1e7)):
+        assert args.out.parent == tmp_path
+        assert 0.5 * parameters < command.count_parameters(settings) < 2 * parameters
+        assert (settings.steps, settings.batch_size) == (of_model.steps, of_model.batch_size)
+        assert (settings.train_pairs, settings.eval_pairs) == (of_model.train_pairs, of_model.eval_pairs)
 
 
 @pytest.mark.parametrize("treatment", [Treatment(), Treatment("dpo", beta=0.1), Treatment(micro_batch=4, sft=1.0)])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.studies.__main__ import parse_args
+from benchmarks.studies.__main__ import count_parameters, parse_args
 from benchmarks.studies.arithmetic import (
     MAX_PROMPT,
     MAX_SOLUTION,
@@ -54,6 +54,16 @@ def tiny_hugging_face_model(directory: Path, positions: int = 64, vocabulary: in
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def test_all_parameters_of_a_hugging_face_model_are_counted(tmp_path: Path) -> None:
+    """Frozen ones count, and an output embedding that is the input embedding counts once."""
+    directory = tiny_hugging_face_model(tmp_path, tie_word_embeddings=True)
+    files = ["--data", "a", "--eval", "b"]
+    settings = parse_args(["ranking", "--model", str(directory), "--learning-rate", "1e-3", *files])[1]
+    model = HuggingFaceLM(directory)
+    assert settings.trained_blocks == 2
+    assert count_parameters(settings) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def hugging_face_texts(directory: Path, pairs: int = 12) -> Texts:
