@@ -137,10 +137,10 @@ def tune(
     seed: int,
     perform: Callable[[list[Job]], list[Metrics]],
 ) -> tuple[dict[str, Treatment], list[dict[str, Any]]]:
-    """Choose a learning rate for each loss, and for each formula of AMaPO, on the validation pairs.
+    """Choose a learning rate for each `tuning_group` on the validation pairs.
 
-    The first treatment of a loss in the study is trained once with each rate. The rate with the highest accuracy wins,
-    or the smallest of several that are equal. All treatments of the loss take it.
+    The first treatment of a group in the study is trained once with each rate. The rate with the highest accuracy wins,
+    or the smallest of several that are equal. All treatments of the group take it.
 
     Args:
         treatments: the treatments, by name.
@@ -171,8 +171,9 @@ def tune(
 
 
 def tuning_group(treatment: Treatment) -> str:
-    """Return the name of what a learning rate is tuned for: the loss, and for AMaPO the formula."""
-    return f"amapo, {treatment.margin.formula}" if treatment.loss == "amapo" else treatment.loss
+    """Return the name of what a learning rate is tuned for: the loss, for AMaPO the formula, and whether it has SFT."""
+    name = f"amapo, {treatment.margin.formula}" if treatment.loss == "amapo" else treatment.loss
+    return f"{name}, with SFT" if treatment.sft else name
 
 
 def follow(progress: Progress, description: str, futures: set[Future[None]], total: int, unit: int, pairs: Any) -> None:
