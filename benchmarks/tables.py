@@ -314,6 +314,43 @@ def reasoning_table() -> str:
     return markdown(("", *header), rows)
 
 
+def reasoning_rates_table() -> str:
+    """Return how well each loss ranks the validation problems of arithmetic after training with several rates."""
+    entries = load("studies_tuned/reasoning")["tuning of the learning rates on the validation pairs"]
+    names = {
+        "dpo": "DPO",
+        "simpo": "SimPO, gamma 0",
+        "amapo, paper": "AMaPO, paper",
+        "simpo, with SFT": "SFT alone",
+        "amapo, paper, with SFT": "AMaPO, paper, with SFT",
+    }
+    rates = dict.fromkeys(entry["learning rate"] for entry in entries)
+    by_loss = rows_by(entries, "loss", "learning rate")
+    rows = (
+        (name, *(f"{100 * by_loss[loss, rate]['validation']:.1f}" for rate in rates)) for loss, name in names.items()
+    )
+    return markdown(("", *(f"{rate:.0e}".replace("e-0", "e-") for rate in rates)), rows)
+
+
+def sizes_table() -> str:
+    """Return what misranked pairs have of the gradient in models of different sizes."""
+    result = load("sizes/sizes")
+    quantities = result["misranked pairs"]
+    rows = []
+    for treatment in next(iter(quantities.values())):
+        for model, parameters in result["parameters"].items():
+            summaries = [
+                (title, table[treatment].get(f"share, {model}") or table[treatment].get(f"ratio, {model}"))
+                for title, table in quantities.items()
+            ]
+            cells = [
+                f"{100 * mean:.0f}% ({100 * std:.0f}%)" if title.startswith("share") else f"{mean:.2f} ({std:.2f})"
+                for title, (mean, std) in summaries
+            ]
+            rows.append((treatment, f"{parameters / 1e6:.1f}", *cells))
+    return markdown(("", "million parameters", *quantities), rows)
+
+
 def scale_table() -> str:
     """Return what a rank holds and receives for a step of a trainable head, by the formulas."""
     rows = []
@@ -371,6 +408,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
     "reasoning": reasoning_table,
+    "reasoning-rates": reasoning_rates_table,
+    "sizes": sizes_table,
 }
 
 if __name__ == "__main__":

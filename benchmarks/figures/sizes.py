@@ -27,15 +27,11 @@ import matplotlib.pyplot as plt
 TREATMENTS = ("DPO", SIMPO, AMAPO, AMAPO_RELEASED)
 
 
-def misranked_share(quantity: str) -> Column:
-    """Return a column with the misranked pairs' share of all pairs ("share") or of the gradient weight ("spent")."""
-    columns = [case_share(case, quantity) for case in CASES if case.startswith("misranked")]
-
-    def share(metrics: Metrics) -> float | None:
-        shares = [share for column in columns if (share := column(metrics)) is not None]
-        return sum(shares) if len(shares) == len(columns) else None
-
-    return share
+def of_misranked(metrics: Metrics, quantity: str) -> float | None:
+    """Return the misranked pairs' share of all pairs ("share") or of the gradient weight ("spent")."""
+    shares = [case_share(case, quantity)(metrics) for case in CASES if case.startswith("misranked")]
+    known = [share for share in shares if share is not None]
+    return sum(known) if len(known) == len(shares) else None
 
 
 def norm_share(metrics: Metrics) -> float | None:
@@ -44,11 +40,18 @@ def norm_share(metrics: Metrics) -> float | None:
     return None if correct is None or misranked is None else misranked / (correct + misranked)
 
 
-COLUMNS: dict[str, Column] = {
-    "share of all pairs": misranked_share("share"),
-    "share of the gradient weight": misranked_share("spent"),
+def weight_ratio(metrics: Metrics) -> float:
+    """Return the mean gradient weight of the misranked pairs divided by that of the correct pairs."""
+    ratio: float = metrics["weight misranked"] / metrics["weight correct"]
+    return ratio
+
+
+SHARES: dict[str, Column] = {
+    "share of all pairs": lambda metrics: of_misranked(metrics, "share"),
+    "share of the gradient weight": lambda metrics: of_misranked(metrics, "spent"),
     "share of the gradient norm": norm_share,
 }
+QUANTITIES: dict[str, Column] = SHARES | {"mean weight over that of correct pairs": weight_ratio}
 
 
 def main() -> None:
@@ -62,25 +65,27 @@ def main() -> None:
     sizes = sorted(records, key=lambda name: records[name]["parameters"])
     parameters = {name: records[name]["parameters"] for name in sizes}
     runs = {name: [Run.from_json(entry) for entry in records[name]["runs"]] for name in sizes}
-    console, shares = Console(), {}
-    figure, all_axes = plt.subplots(1, len(COLUMNS), figsize=(11, 3.6), sharey=True)
-    for axes, (title, column) in zip(all_axes, COLUMNS.items()):
+    console, tables = Console(), {}
+    figure, all_axes = plt.subplots(1, len(QUANTITIES), figsize=(13, 3.6))
+    for axes, (title, column) in zip(all_axes, QUANTITIES.items()):
+        kind = "share" if title in SHARES else "ratio"
         table = {
-            treatment: {f"share, {name}": summarize(seed_values(runs[name], treatment, column)) for name in sizes}
+            treatment: {f"{kind}, {name}": summarize(seed_values(runs[name], treatment, column)) for name in sizes}
             for treatment in TREATMENTS
         }
         print_table(console, f"misranked pairs: {title}", table)
-        shares[title] = table
+        tables[title] = table
         for treatment, row in table.items():
-            drawn = {parameters[name]: summary for name in sizes if (summary := row[f"share, {name}"])}
+            drawn = {parameters[name]: summary for name in sizes if (summary := row[f"{kind}, {name}"])}
             means, spreads = ([summary[i] or 0 for summary in drawn.values()] for i in (0, 1))
             axes.errorbar(list(drawn), means, spreads, marker="o", capsize=3, label=treatment)
-        axes.set(xscale="log", xlabel="parameters", title=title, ylim=(0, 1))
+        axes.set(xscale="log", xlabel="parameters", ylim=(0, 1 if title in SHARES else None))
+        axes.set_title(title, fontsize=10)
     all_axes[0].set_ylabel("of the misranked pairs")
     all_axes[0].legend(fontsize=SMALL_FONT)
     figure.tight_layout()
     path = args.folder / "sizes.json"
-    write_json(path, "benchmarks.figures.sizes", {"parameters": parameters, "shares of the misranked pairs": shares})
+    write_json(path, "benchmarks.figures.sizes", {"parameters": parameters, "misranked pairs": tables})
     write_picture(path.with_suffix(".png"), figure)
     console.print(f"wrote {path.name} and {path.stem}.png in {path.parent}", soft_wrap=True)
 

@@ -379,7 +379,7 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
         (sizes / name / "gradient-flow.json").write_text(json.dumps(flow | {"parameters": parameters}))
     command_of_sizes = [sys.executable, "-m", "benchmarks.figures.sizes", "--folder", sizes]
     subprocess.run(command_of_sizes, cwd=ROOT, check=True, capture_output=True)
-    shares = json.loads((sizes / "sizes.json").read_text())["shares of the misranked pairs"]
+    tables = json.loads((sizes / "sizes.json").read_text())["misranked pairs"]
     probes = [
         probe for run in flow["runs"] if run["treatment"] == "SimPO, gamma 0" for probe in run["figures"]["probes"]
     ]
@@ -389,12 +389,21 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
         [sum(probe[i] for probe in probes[2:]) for i in (1, 2)],
     )
     expected = sum(misranked / (correct + misranked) for correct, misranked in norms) / 2
-    for treatment, row in shares["share of the gradient norm"].items():
+    for treatment, row in tables["share of the gradient norm"].items():
         assert list(row) == ["share, smaller", "share, larger"]
         assert row["share, smaller"] == row["share, larger"]
         if treatment == "SimPO, gamma 0":
             assert row["share, larger"][0] == pytest.approx(expected)
-    assert all(0 < mean < 1 for table in shares.values() for row in table.values() for mean, _ in row.values())
+    ratios = tables.pop("mean weight over that of correct pairs")
+    assert all(0 < mean < 1 for table in tables.values() for row in table.values() for mean, _ in row.values())
+    seeds = [run["figures"]["curves"] for run in flow["runs"] if run["treatment"] == "SimPO, gamma 0"]
+    means = [
+        [sum(sum(curves[f"{quantity}, {ranked}, {margin}"]) for margin in ("margin", "no margin")) for curves in seeds]
+        for ranked in ("misranked", "correct")
+        for quantity in ("spent", "share")
+    ]
+    expected = sum(a / b / (c / d) for a, b, c, d in zip(*means)) / 2
+    assert ratios["SimPO, gamma 0"]["ratio, larger"][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -> None:
