@@ -344,7 +344,7 @@ def sizes_table() -> str:
                 for title, table in quantities.items()
             ]
             cells = [
-                f"{100 * mean:.0f}% ({100 * std:.0f}%)" if title.startswith("share") else f"{mean:.2f} ({std:.2f})"
+                f"{100 * mean:.1f}% ({100 * std:.1f}%)" if title.startswith("share") else f"{mean:.2f} ({std:.2f})"
                 for title, (mean, std) in summaries
             ]
             rows.append((treatment, f"{parameters / 1e6:.1f}", *cells))
