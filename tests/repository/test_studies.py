@@ -499,7 +499,8 @@ def test_the_makefile_compares_four_models(tmp_path: Path) -> None:
     """The path of the model has a space, and the options of the files reach the command."""
     variables = ["MODEL=some where/model/", "DATA=a.jsonl", "EVAL=b.jsonl", "ALSO_EVAL=c.jsonl", f"SIZES={tmp_path}"]
     print_arguments = ["make", "-s", "--old-file", ".venv/ready", "RUN=printf '%s\\n'", "sizes", *variables]
-    printed = subprocess.run(print_arguments, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    env = {"PATH": os.environ["PATH"]}  # without the variables of a `make test` that this test runs in
+    printed = subprocess.run(print_arguments, cwd=ROOT, check=True, capture_output=True, text=True, env=env).stdout
     _, *commands = printed.removesuffix("benchmarks.figures.sizes\n").split("benchmarks.studies\n")
     parsed = [command.parse_args(arguments.splitlines())[:2] for arguments in commands]
     assert [args.study for args, _ in parsed] == ["gradient-flow"] * 4
