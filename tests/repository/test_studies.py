@@ -495,6 +495,7 @@ def test_invalid_arguments_are_reported(arguments: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_the_makefile_compares_four_models(tmp_path: Path) -> None:
     """The path of the model has a space, and the options of the files reach the command."""
     variables = ["MODEL=some where/model/", "DATA=a.jsonl", "EVAL=b.jsonl", "ALSO_EVAL=c.jsonl", f"SIZES={tmp_path}"]
