@@ -338,15 +338,12 @@ def sizes_table() -> str:
     quantities = result["misranked pairs"]
     rows = []
     for treatment in next(iter(quantities.values())):
-        for model, parameters in result["parameters"].items():
-            summaries = [
-                (title, table[treatment].get(f"share, {model}") or table[treatment].get(f"ratio, {model}"))
-                for title, table in quantities.items()
-            ]
-            cells = [
-                f"{100 * mean:.1f}% ({100 * std:.1f}%)" if title.startswith("share") else f"{mean:.2f} ({std:.2f})"
-                for title, (mean, std) in summaries
-            ]
+        for model, parameters in enumerate(result["parameters"].values()):
+            cells = []
+            for title, table in quantities.items():
+                mean, std = list(table[treatment].values())[model]
+                is_share = title.startswith("share")
+                cells.append(f"{100 * mean:.1f}% ({100 * std:.1f}%)" if is_share else f"{mean:.2f} ({std:.2f})")
             rows.append((treatment, f"{parameters / 1e6:.1f}", *cells))
     return markdown(("", "million parameters", *quantities), rows)
 

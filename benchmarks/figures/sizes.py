@@ -76,13 +76,14 @@ def main() -> None:
         print_table(console, f"misranked pairs: {title}", table)
         tables[title] = table
         for treatment, row in table.items():
-            drawn = {parameters[name]: summary for name in sizes if (summary := row[f"{kind}, {name}"])}
-            means, spreads = ([summary[i] or 0 for summary in drawn.values()] for i in (0, 1))
-            axes.errorbar(list(drawn), means, spreads, marker="o", capsize=3, label=treatment)
+            drawn = [(x, *summary) for x, summary in zip(parameters.values(), row.values()) if summary is not None]
+            x, mean, std = zip(*drawn)
+            axes.errorbar(x, mean, [spread or 0 for spread in std], marker="o", capsize=3, label=treatment)
         axes.set(xscale="log", xlabel="parameters", ylim=(0, 1 if title in SHARES else None))
         axes.set_title(title, fontsize=10)
-    all_axes[0].set_ylabel("of the misranked pairs")
+    all_axes[-1].axhline(1, color="grey", linewidth=0.8, linestyle=":")  # equal weights
     all_axes[0].legend(fontsize=SMALL_FONT)
+    figure.suptitle("The misranked pairs of a training batch, by the size of the model", fontsize=11)
     figure.tight_layout()
     path = args.folder / "sizes.json"
     write_json(path, "benchmarks.figures.sizes", {"parameters": parameters, "misranked pairs": tables})
