@@ -25,7 +25,7 @@ from benchmarks.record import RESULTS, write_json, write_picture, write_record
 from benchmarks.studies.data import name_of
 from benchmarks.studies.evaluation import BANDS, indices_in_band
 from benchmarks.studies.jobs import Settings, load, new_model
-from benchmarks.studies.report import print_table, tabulate
+from benchmarks.studies.report import draw_tuning, print_table, print_tuning, tabulate
 from benchmarks.studies.studies import STUDIES
 from benchmarks.studies.sweep import Run, Workers, available_cores, start_workers, sweep
 
@@ -120,6 +120,7 @@ SCALES: dict[str, dict[str, Any]] = {  # these values replace those of DEFAULTS 
         "seeds": 5,
     },
 }
+TUNING = "tuning of the learning rates on the validation pairs"  # a key of the JSON of a study
 GROUPS = ("train", "validation", "held out")
 RESERVED_NAMES = ("demonstrations", *GROUPS)  # a file of this name would take the place of other texts
 OVERRIDES = {  # options that replace a value of the scale: their type and help
@@ -332,7 +333,7 @@ def run_study(
         },
         "texts cut": data.num_truncated,
         "treatments": {treatment: asdict(fields) for treatment, fields in result.treatments.items()},
-        "tuning of the learning rates on the validation pairs": result.tuning,
+        TUNING: result.tuning,
         "runs": [run.to_json() for run in runs],
     }
     write_json(path, "benchmarks.studies", record)
@@ -358,10 +359,15 @@ def as_json(value: Any) -> Any:
 
 
 def report_study(console: Console, name: str, path: Path) -> None:
-    """Print the table of a study, add it to the study's JSON file, and draw the picture next to this file."""
+    """Print the table of a study, add it to the study's JSON file, and draw the pictures next to this file.
+
+    There is a second picture if the learning rates were tuned.
+    """
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
     table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared)
+    if tuning := record.get(TUNING):  # the key is missing in files of earlier versions
+        print_tuning(console, tuning)
     print_table(console, study.question, table)
     record["table, mean and standard deviation over the seeds"] = table
     record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table
@@ -372,9 +378,18 @@ def report_study(console: Console, name: str, path: Path) -> None:
     study.draw(figure, runs)
     figure.suptitle(study.question, fontsize=11)
     figure.tight_layout(rect=(0, study.legend_share, 1, 1))
-    write_picture(path.with_suffix(".png"), figure)
-    plt.close(figure)
-    console.print(f"wrote {path.name} and {path.stem}.png in {path.parent}", soft_wrap=True)
+    pictures = {path.with_suffix(".png"): figure}
+    if tuning:
+        figure = plt.figure(figsize=(11, 4.2))
+        draw_tuning(figure, tuning)
+        figure.suptitle(f"Learning rates of the study {name!r}", fontsize=11)
+        figure.tight_layout()
+        pictures[path.with_name(f"{name}-rates.png")] = figure
+    for picture_path, figure in pictures.items():
+        write_picture(picture_path, figure)
+        plt.close(figure)
+    written = " and ".join(written.name for written in (path, *pictures))
+    console.print(f"wrote {written} in {path.parent}", soft_wrap=True)
 
 
 if __name__ == "__main__":

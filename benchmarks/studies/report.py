@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.studies.harness import Metrics
-from benchmarks.studies.sweep import IMITATION, Run
+from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run
 
 # A column of the table maps the metrics of a run to a number, or to None if the run has no such number.
 Column = Callable[[Metrics], float | None]
@@ -117,6 +118,50 @@ def format_summary(column: str, summary: Summary) -> str:
     else:
         text, std_text = f"{mean:.3g}", "" if std is None else f" ({std:.2g})"
     return text + std_text
+
+
+def print_tuning(console: Console, entries: list[dict[str, Any]]) -> None:
+    """Print the accuracy on the validation pairs by loss and learning rate."""
+    by_loss = tuning_by_loss(entries)
+    caption = "accuracy on the validation pairs in percent, after one run with each rate"
+    table = Table(title="Tuning of the learning rates", caption=caption, box=SIMPLE, padding=(0, 1))
+    table.add_column("")
+    for rate in next(iter(by_loss.values())):
+        table.add_column(f"{rate:g}", justify="right")
+    for loss, by_rate in by_loss.items():
+        table.add_row(loss, *(f"{100 * entry['validation']:.1f}" for entry in by_rate.values()))
+    console.print(table)
+
+
+def tuning_by_loss(entries: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, Any]]]:
+    """Return the entries of a tuning by loss and learning rate."""
+    by_loss: dict[str, dict[float, dict[str, Any]]] = {}
+    for entry in entries:
+        by_loss.setdefault(entry["loss"], {})[entry["learning rate"]] = entry
+    return by_loss
+
+
+def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
+    """Draw the accuracy on the validation pairs over the learning rate, and how it rises over training.
+
+    The accuracy of a single batch is noisy, so the right panel shows its mean over a sixth of the steps.
+    """
+    rate_axes, step_axes = figure.subplots(1, 2)
+    for loss, by_rate in tuning_by_loss(entries).items():
+        accuracies = {rate: entry["validation"] for rate, entry in by_rate.items()}
+        best = max(sorted(accuracies), key=accuracies.__getitem__)  # of equal accuracies, that of the smallest rate
+        rate_axes.plot(list(accuracies), list(accuracies.values()), "o-", label=loss)
+        curve = torch.tensor(by_rate[best][BATCH_ACCURACY])
+        width = max(1, len(curve) // 6)
+        means = curve.unfold(0, width, 1).mean(1)
+        middles = torch.arange(len(means)) + (width - 1) / 2
+        step_axes.plot(middles.tolist(), means.tolist(), label=f"{loss}, {best:g}")
+    rate_axes.set(xscale="log", xlabel="learning rate", ylabel="share of validation pairs\nranked correctly")
+    step_axes.set(xlabel="training step", ylabel="share of the batch ranked correctly,\nbefore the step")
+    rate_axes.set_title("after one run with each rate", fontsize=SMALL_FONT)
+    step_axes.set_title(f"with the best rate of each loss; means over {width} steps", fontsize=SMALL_FONT)
+    for axes in (rate_axes, step_axes):
+        axes.legend(fontsize=SMALL_FONT)
 
 
 def plot_seeds(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:

@@ -24,6 +24,7 @@ from benchmarks.studies.harness import Metrics, Treatment
 from benchmarks.studies.jobs import Job, Settings, load, perform_job, result_path, with_activations
 
 IMITATION = "imitation alone"  # the name of the checkpoints among the treatments
+BATCH_ACCURACY = "accuracy of each batch before its step"  # the name of a training curve among the results of a tuning
 PROGRESS_COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -160,7 +161,7 @@ def tune(
     for (group, rate), metrics in zip(tried, found):
         entries.append(
             {"loss": group, "learning rate": rate, "validation": metrics["validation"]}
-            | {"accuracy of each batch before its step": metrics["curves"]["accuracy"]}
+            | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
         )
         if group not in best or metrics["validation"] > best[group][0]:
             best[group] = metrics["validation"], rate

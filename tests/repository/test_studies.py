@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from amapo_loss import AdaptiveMargin
 from benchmarks.studies import __main__ as command
@@ -53,8 +54,8 @@ from benchmarks.studies.harness import (
 )
 from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
-from benchmarks.studies.report import format_summary, metric_at, tabulate
-from benchmarks.studies.sweep import IMITATION, Run, start_workers, sweep
+from benchmarks.studies.report import draw_tuning, format_summary, metric_at, tabulate
+from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run, start_workers, sweep
 from tests.support.studies import ROOT, command_line, run_command
 
 RM_BENCH_ENTRY = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
@@ -590,6 +591,36 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         best = max((entry["validation"], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss)
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
+
+
+def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
+    """The picture shows the course of training with the best rate, or with the smaller one of two that are equal."""
+    accuracies = {"dpo": {1e-4: 0.5, 1e-3: 0.7, 1e-2: 0.7}, "simpo": {1e-4: 0.4, 1e-3: 0.3, 1e-2: 0.6}}
+    entries = [
+        {"loss": loss, "learning rate": rate, "validation": accuracy, BATCH_ACCURACY: [rate * k for k in range(12)]}
+        for loss, by_rate in accuracies.items()
+        for rate, accuracy in by_rate.items()
+    ]
+    figure = Figure()
+    draw_tuning(figure, entries)
+    rate_axes, step_axes = figure.axes
+    for line, (loss, by_rate), best in zip(rate_axes.lines, accuracies.items(), (1e-3, 1e-2), strict=True):
+        assert line.get_label() == loss
+        assert dict(zip(*line.get_data(), strict=True)) == by_rate
+        (curve,) = (line for line in step_axes.lines if str(line.get_label()).startswith(f"{loss}, {best:g}"))
+        # A sixth of 12 steps is 2, and the mean over the steps k and k + 1 is drawn between them.
+        assert curve.get_xdata() == pytest.approx([k + 0.5 for k in range(11)])
+        assert curve.get_ydata() == pytest.approx([best * (k + 0.5) for k in range(11)])
+
+    with (ROOT / "benchmarks/results/studies/ranking.json").open() as file:
+        record = json.load(file)
+    (tmp_path / "ranking.json").write_text(json.dumps({command.TUNING: entries} | record))
+    completed = run_command("ranking", "--redraw", "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    rows = [line.split() for line in completed.stdout.splitlines()]
+    assert rows.index(["0.0001", "0.001", "0.01"]) < rows.index(["dpo", "50.0", "70.0", "70.0"])
+    assert ["simpo", "40.0", "30.0", "60.0"] in rows
+    assert (tmp_path / "ranking-rates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_key_depends_on_the_code_but_not_on_its_comments() -> None:
