@@ -199,7 +199,8 @@ def cut_cross_entropy(
 ) -> Tensor:
     """Return the log-probs from Apple's Cut Cross-Entropy.
 
-    Its gradient is approximate, because it skips negligible softmax entries.
+    Its gradient is approximate, because it skips blocks of negligible softmax entries, and because it adds up the other
+    blocks in the dtype of the hidden states.
     """
     from cut_cross_entropy import linear_cross_entropy
 
