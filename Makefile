@@ -15,7 +15,7 @@ STUDIES := ranking ablation batch-size gradient-flow composition perplexity orac
 # a third of the run time.
 STUDY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(RUN) benchmarks.studies
 SIZES := benchmarks/results/sizes
-RATES ?= 3e-4 1e-3 3e-3
+RATES ?= 1e-3 3e-3 1e-2 3e-2
 EXTRA_FILES = $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(if $(ALSO_EVAL),--also-eval $(ALSO_EVAL))
 LANGUAGE_MODEL = $(if $(MODEL),--model "$(MODEL)" --learning-rate $(RATES))
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
