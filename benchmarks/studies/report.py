@@ -1,12 +1,13 @@
 """Turn the runs of a study into a table, and draw them: the building blocks that the definitions of the studies share.
 
-Depends on torch, matplotlib, rich, and on harness.py and sweep.py.
+Depends on NumPy, torch, matplotlib, rich, and on harness.py and sweep.py.
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -127,7 +128,7 @@ def print_tuning(console: Console, entries: list[dict[str, Any]]) -> None:
     table = Table(title="Tuning of the learning rates", caption=caption, box=SIMPLE, padding=(0, 1))
     table.add_column("")
     for rate in next(iter(by_loss.values())):
-        table.add_column(f"{rate:g}", justify="right")
+        table.add_column(format_rate(rate), justify="right")
     for loss, by_rate in by_loss.items():
         table.add_row(loss, *(f"{100 * entry['validation']:.1f}" for entry in by_rate.values()))
     console.print(table)
@@ -147,21 +148,26 @@ def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
     The accuracy of a single batch is noisy, so the right panel shows its mean over a sixth of the steps.
     """
     rate_axes, step_axes = figure.subplots(1, 2)
-    for loss, by_rate in tuning_by_loss(entries).items():
+    for number, (loss, by_rate) in enumerate(tuning_by_loss(entries).items()):
+        line_style = ("-", "--", ":", "-.")[number % 4]  # lines of equal values remain visible
         accuracies = {rate: entry["validation"] for rate, entry in by_rate.items()}
         best = max(sorted(accuracies), key=accuracies.__getitem__)  # of equal accuracies, that of the smallest rate
-        rate_axes.plot(list(accuracies), list(accuracies.values()), "o-", label=loss)
+        rate_axes.plot(list(accuracies), list(accuracies.values()), "o", linestyle=line_style, label=loss)
         curve = torch.tensor(by_rate[best][BATCH_ACCURACY])
         width = max(1, len(curve) // 6)
         means = curve.unfold(0, width, 1).mean(1)
         middles = torch.arange(len(means)) + (width - 1) / 2
-        step_axes.plot(middles.tolist(), means.tolist(), label=f"{loss}, {best:g}")
+        step_axes.plot(middles.tolist(), means.tolist(), linestyle=line_style, label=f"{loss}, {format_rate(best)}")
     rate_axes.set(xscale="log", xlabel="learning rate", ylabel="share of validation pairs\nranked correctly")
     step_axes.set(xlabel="training step", ylabel="share of the batch ranked correctly,\nbefore the step")
     rate_axes.set_title("after one run with each rate", fontsize=SMALL_FONT)
     step_axes.set_title(f"with the best rate of each loss; means over {width} steps", fontsize=SMALL_FONT)
-    for axes in (rate_axes, step_axes):
-        axes.legend(fontsize=SMALL_FONT)
+    step_axes.legend(title="loss and its best rate", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+def format_rate(rate: float) -> str:
+    """Return a learning rate in scientific notation, such as 3e-4."""
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def plot_seeds(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:
