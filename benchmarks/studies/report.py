@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.studies.harness import Metrics
-from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run
+from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run, best_entries
 
 # A column of the table maps the metrics of a run to a number, or to None if the run has no such number.
 Column = Callable[[Metrics], float | None]
@@ -148,16 +148,16 @@ def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
     The accuracy of a single batch is noisy, so the right panel shows its mean over a sixth of the steps.
     """
     rate_axes, step_axes = figure.subplots(1, 2)
+    best = best_entries(entries)
     for number, (loss, by_rate) in enumerate(tuning_by_loss(entries).items()):
         line_style = ("-", "--", ":", "-.")[number % 4]  # lines of equal values remain visible
         accuracies = {rate: entry["validation"] for rate, entry in by_rate.items()}
-        best = max(sorted(accuracies), key=accuracies.__getitem__)  # of equal accuracies, that of the smallest rate
         rate_axes.plot(list(accuracies), list(accuracies.values()), "o", linestyle=line_style, label=loss)
-        curve = torch.tensor(by_rate[best][BATCH_ACCURACY])
+        curve, rate = torch.tensor(best[loss][BATCH_ACCURACY]), format_rate(best[loss]["learning rate"])
         width = max(1, len(curve) // 6)
         means = curve.unfold(0, width, 1).mean(1)
         middles = torch.arange(len(means)) + (width - 1) / 2
-        step_axes.plot(middles.tolist(), means.tolist(), linestyle=line_style, label=f"{loss}, {format_rate(best)}")
+        step_axes.plot(middles.tolist(), means.tolist(), linestyle=line_style, label=f"{loss}, {rate}")
     rate_axes.set(xscale="log", xlabel="learning rate", ylabel="share of validation pairs\nranked correctly")
     step_axes.set(xlabel="training step", ylabel="share of the batch ranked correctly,\nbefore the step")
     rate_axes.set_title("after one run with each rate", fontsize=SMALL_FONT)

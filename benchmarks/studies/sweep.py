@@ -157,18 +157,23 @@ def tune(
         first.setdefault(tuning_group(treatment), treatment)
     tried = [(group, rate) for group in first for rate in sorted(learning_rates)]
     found = perform([Job(replace(first[group], learning_rate=rate), seed, True) for group, rate in tried])
-    entries, best = [], dict[str, tuple[float, float]]()
-    for (group, rate), metrics in zip(tried, found):
-        entries.append(
-            {"loss": group, "learning rate": rate, "validation": metrics["validation"]}
-            | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
-        )
-        if group not in best or metrics["validation"] > best[group][0]:
-            best[group] = metrics["validation"], rate
-    tuned = {
-        name: replace(of_name, learning_rate=best[tuning_group(of_name)][1]) for name, of_name in treatments.items()
-    }
+    entries = [
+        {"loss": group, "learning rate": rate, "validation": metrics["validation"]}
+        | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
+        for (group, rate), metrics in zip(tried, found)
+    ]
+    best = {group: entry["learning rate"] for group, entry in best_entries(entries).items()}
+    tuned = {name: replace(of_name, learning_rate=best[tuning_group(of_name)]) for name, of_name in treatments.items()}
     return tuned, entries
+
+
+def best_entries(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the entry of a tuning with the highest accuracy for each loss, or that of the smallest rate of several."""
+    best: dict[str, dict[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["learning rate"]):
+        if entry["validation"] > best.setdefault(entry["loss"], entry)["validation"]:
+            best[entry["loss"]] = entry
+    return best
 
 
 def tuning_group(treatment: Treatment) -> str:

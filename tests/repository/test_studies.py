@@ -615,7 +615,7 @@ def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
 
     with (ROOT / "benchmarks/results/studies/ranking.json").open() as file:
         record = json.load(file)
-    (tmp_path / "ranking.json").write_text(json.dumps({command.TUNING: entries} | record))
+    (tmp_path / "ranking.json").write_text(json.dumps(record | {command.TUNING: entries}))
     completed = run_command("ranking", "--redraw", "--out", tmp_path)
     assert completed.returncode == 0, completed.stderr
     rows = [line.split() for line in completed.stdout.splitlines()]
