@@ -3,6 +3,7 @@
     python -m benchmarks.studies ranking
     python -m benchmarks.studies ranking --data train.jsonl.gz --eval test.jsonl.gz --rm-bench rm_bench_chat.json.gz
     python -m benchmarks.studies ranking --data a.jsonl.gz --eval b.jsonl.gz --model directory --learning-rate 1e-4 3e-4
+    python -m benchmarks.studies ranking ablation --data a.jsonl.gz --eval b.jsonl.gz
     python -m benchmarks.studies all --scale gpu --data train.jsonl.gz --eval test.jsonl.gz
 
 Each study prints a table, writes a JSON file with the table and with every run, and draws a picture. If a study is
@@ -145,7 +146,9 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", choices=[*STUDIES, "all"], help="the study to run")
+    parser.add_argument(
+        "studies", nargs="+", metavar="study", choices=[*STUDIES, "all"], help=f"{', '.join(STUDIES)}, or all of them"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -208,6 +211,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         "--redraw", action="store_true", help="run nothing, and only rebuild table and picture from the JSON file"
     )
     args = parser.parse_args(arguments)
+    if "all" in args.studies:
+        args.studies = list(STUDIES)
     if (args.data is None) != (args.eval is None):
         parser.error("--data and --eval must be given together")
     if (args.rm_bench or args.also_eval) and not args.data:
@@ -227,7 +232,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--dtype needs --model: the built-in model computes in float32")
     if (args.train_pairs or args.eval_pairs) and not args.data:
         parser.error("--train-pairs and --eval-pairs need --data and --eval")
-    for name in STUDIES if args.study == "all" else [args.study]:
+    for name in args.studies:
         if args.data or not STUDIES[name].generated_settings:
             continue
         if args.model:
@@ -274,12 +279,12 @@ def fast_dtype(device: str) -> str:
 
 
 def main() -> None:
-    """Run and report one study, or all of them."""
+    """Run and report the studies of the command line."""
     args, settings, seeds = parse_args()
     console = Console()
     try:
         with start_workers(args.jobs) as workers:
-            for name in STUDIES if args.study == "all" else [args.study]:
+            for name in args.studies:
                 path = args.out / f"{name}.json"
                 if not args.redraw:
                     run_study(console, name, settings, seeds, workers, args, path)

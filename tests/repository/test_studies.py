@@ -505,7 +505,7 @@ def test_the_makefile_compares_four_models(tmp_path: Path) -> None:
     printed = subprocess.run(print_arguments, cwd=ROOT, check=True, capture_output=True, text=True, env=env).stdout
     _, *commands = printed.removesuffix("benchmarks.figures.sizes\n").split("benchmarks.studies\n")
     parsed = [command.parse_args(arguments.splitlines())[:2] for arguments in commands]
-    assert [args.study for args, _ in parsed] == ["gradient-flow"] * 4
+    assert [args.studies for args, _ in parsed] == [["gradient-flow"]] * 4
     assert [args.out.name for args, _ in parsed] == ["0.1M", "1M", "10M", "model"]
     assert all(settings.data == Path("a.jsonl") and settings.eval == Path("b.jsonl") for _, settings in parsed)
     (_, *_, (_, of_model)) = parsed
