@@ -97,9 +97,15 @@ def best_simpo(runs: list[Run]) -> str:
 
 
 def draw_ranking(figure: Figure, runs: list[Run]) -> None:
-    """Draw the accuracy on the held-out pairs, and the one on RM-Bench's three difficulties."""
-    accuracy_axes, style_axes = figure.subplots(1, 2)
-    plot_seeds(accuracy_axes, runs, metric_at("held out"), ACCURACY, SIMPO)
+    """Draw accuracy and log-prob of the held-out pairs, and the accuracy on RM-Bench's three difficulties."""
+    accuracy_axes, logp_axes, style_axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
+    plot_seeds(accuracy_axes, runs, metric_at("held out"), "held-out pairs\nranked correctly", SIMPO)
+    plot_seeds(logp_axes, runs, CHOSEN_LOGP, "log-prob of their chosen\nanswers, nats per token", SIMPO)
+    logp_axes.set_yticks([])
+    logp_axes.locator_params(axis="x", nbins=4)
+    accuracy_axes.set_title(accuracy_axes.get_title(), loc="left", fontsize=SMALL_FONT)  # it spans both panels
+    for axes in (accuracy_axes, logp_axes):
+        axes.set_title("")
     for name in (IMITATION, "DPO", SIMPO, best_simpo(runs), AMAPO, AMAPO_RELEASED):
         accuracies = [seed_values(runs, name, column) for column in RM_BENCH.values()]
         if all(len(by_seed) for by_seed in accuracies):
@@ -123,6 +129,7 @@ RANKING = Study(
         "held out, own score": metric_at("held out, own score"),
         **BY_CONFIDENCE,
         **RM_BENCH,
+        "chosen log-prob": CHOSEN_LOGP,
     },
     draw=draw_ranking,
     remark=lambda runs: f"best SimPO margin on the validation pairs: {best_simpo(runs)}",
@@ -271,14 +278,14 @@ def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
     line_styles = (("misranked", "-"), ("correct", "--"))
     for (number, name), (ranked, line_style) in product(enumerate(FLOW_TREATMENTS), line_styles):
         label = name if ranked == "misranked" else None  # one legend entry per color
-        weight_axes.plot(mean_weight_curve(runs, name, ranked), line_style, color=f"C{number}", label=label)
+        weight_axes.plot(mean_weight_curve(runs, name, ranked), line_style, color=f"C{number}")
         norms = [seed_values(runs, name, gradient_norm(ranked, only_at=step)).mean().item() for step in steps]
-        norm_axes.plot(steps, norms, line_style, color=f"C{number}")
+        norm_axes.plot(steps, norms, line_style, color=f"C{number}", label=label)
     solid_and_dashed = "solid: misranked pairs, dashed: correct pairs"
     weight_axes.set(xlabel="training step", ylabel="mean gradient weight", title=solid_and_dashed)
     norm_axes.set(xlabel="training step", ylabel="gradient norm from these pairs", title=solid_and_dashed)
     weight_axes.set_ylim(0, 1.02)
-    weight_axes.legend(fontsize=SMALL_FONT, loc="lower left", ncol=2)
+    norm_axes.legend(fontsize=SMALL_FONT)  # in the left panel it would hide lines
 
     for axes, quantity, title in (
         (pair_share_axes, "share", "share of the training pairs in each case"),

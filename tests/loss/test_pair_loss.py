@@ -279,7 +279,8 @@ def test_all_kernels_compile_for_gpus_that_are_not_present(targets: list[str], t
         else:
             assert kernel["barriers"] <= 8
             assert kernel["shuffles"] <= 32
-            assert kernel["stack"] <= 8
+            # Triton 3.6 gives the kernel with the entropy and a softcap 128 registers for 12.0, and spills four others.
+            assert kernel["stack"] <= 16
 
 
 # The following tests need a GPU.
