@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.losses import LOSSES
+from benchmarks.studies.report import format_rate, metric_at, seed_values, treatment_names
+from benchmarks.studies.sweep import Run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -85,23 +87,17 @@ def cost_table() -> str:
         rows.append(
             (f"`linear_sequence_logps`, {kind} head", ours, baseline, "logits of the response tokens", "`make head`")
         )
-    head_on_gpu = rows_by(load("head_gpu")["rows"], "case", "variant")
-    ours, baseline = (
-        f"{row['ms']:.0f} ms, {row['workspace_mb']:,.0f} MB"
-        for row in (
-            head_on_gpu["Llama-3-8B", "linear_sequence_logps"],
-            head_on_gpu["Llama-3-8B", "full logits, counted tokens only"],
-        )
-    )
-    rows.append(
-        (
-            "`linear_sequence_logps`, frozen head, H200",
-            ours,
-            baseline,
-            "logits of the response tokens",
-            "`make head`",
-        )
-    )
+    head_on_gpu = rows_by(load("head_gpu")["rows"], "case", "head", "variant")
+    for kind in ("frozen", "trainable"):
+        for variant, baseline in (
+            ("full logits, counted tokens only", "logits of the response tokens"),
+            ("TRL ChunkedLogProbFunction", "TRL's fused head"),
+        ):
+            ours, other = (
+                f"{row['ms']:.0f} ms, {row['workspace_mb']:,.0f} MB"
+                for row in (head_on_gpu["Llama-3-8B", kind, name] for name in ("linear_sequence_logps", variant))
+            )
+            rows.append((f"`linear_sequence_logps`, {kind} head, H200", ours, other, baseline, "`make head`"))
     ours, baseline = (
         f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
         for name in ("AMaPOTrainer", "DPOTrainer, precomputed reference")
@@ -132,12 +128,12 @@ def head_table() -> str:
     return markdown(("", "frozen: ms", "MB", "error", "trainable: ms", "MB", "error"), table)
 
 
-def head_gpu_table() -> str:
-    """Return time, memory and error of a frozen head on a GPU, for two models side by side."""
+def head_gpu_table(head: str) -> str:
+    """Return time, memory and error of a head on a GPU, for two models side by side; `head` is frozen or trainable."""
     results = load("head_gpu")
-    by_case = rows_by(results["rows"], "case", "variant")
+    by_case = rows_by([row for row in results["rows"] if row["head"] == head], "case", "variant")
     table = []
-    for variant in dict.fromkeys(row["variant"] for row in results["rows"]):
+    for variant in dict.fromkeys(variant for _, variant in by_case):
         cells = [variant]
         for case in results["cases"]:
             row = by_case[case, variant]
@@ -147,7 +143,7 @@ def head_gpu_table() -> str:
     return markdown(("", *headings), table)
 
 
-def precision_table() -> str:
+def precision_table(name: str = "head_cpu") -> str:
     """Return the errors of the head in bfloat16."""
     columns = {
         "logp_error": "log-prob",
@@ -158,7 +154,7 @@ def precision_table() -> str:
         "grad_weight_changed": "changed: weight",
     }
     rows = []
-    for variant, errors in load("head_cpu")["precision"].items():
+    for variant, errors in load(name)["precision"].items():
         cells = [variant]
         for key in columns:
             value = errors[key]
@@ -250,12 +246,17 @@ def latency_table(name: str = "latency_cpu") -> str:
 
 
 def trainer_table() -> str:
-    """Return the time and the memory of a training step."""
-    rows = [
-        (row["trainer"], f"{row['ms']:,.0f} ({row['ratio']:.2f})", f"{row['peak_mb']:.0f}")
-        for row in load("trainer_cpu")["rows"]
-    ]
-    return markdown(("", "ms per step", "peak MB"), rows)
+    """Return the time and the memory of a training step on a CPU and on a GPU."""
+    on_cpu, on_gpu = (rows_by(load(f"trainer_{device}")["rows"], "trainer") for device in ("cpu", "gpu"))
+    rows = []
+    for name in on_cpu:
+        cells = (
+            cell
+            for row in (on_cpu[name], on_gpu[name])
+            for cell in (f"{row['ms']:,.0f} ({row['ratio']:.2f})", f"{row['peak_mb']:.0f}")
+        )
+        rows.append((name, *cells))
+    return markdown(("", "CPU: ms per step", "peak MB", "H200: ms per step", "peak MB"), rows)
 
 
 def estimators_table() -> str:
@@ -279,6 +280,46 @@ def real_ranking_table() -> str:
         found = (columns[key] for key in ("validation", "held out", "held out, own score"))
         rows.append((name + remarks.get(name, ""), *(f"{100 * mean:.1f} ({100 * std:.1f})" for mean, std in found)))
     return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
+
+
+def pretrained_table(folder: str, columns: dict[str, tuple[str, ...]]) -> str:
+    """Return the ranking study with the pretrained model.
+
+    Args:
+        folder: the folder of the study's JSON file.
+        columns: for each heading, the keys of a metric. Accuracies become percent, log-probs keep nats per token.
+    """
+    study = load(f"{folder}/ranking")
+    runs = [Run.from_json(entry) for entry in study["runs"]]
+    rows = []
+    for name in treatment_names(runs):
+        treatment = study["treatments"].get(name)  # None: the checkpoint, which all seeds share
+        rate = treatment and (treatment["learning_rate"] or study["settings"]["learning_rate"])
+        cells = [name, format_rate(rate)] if treatment else ["before training", ""]
+        for keys in columns.values():
+            values = seed_values(runs, name, metric_at(*keys)) * (1 if keys[-1] == "chosen log-prob" else 100)
+            cells.append(f"{values.mean():.1f} ({values.std():.1f})" if treatment else f"{values.mean():.1f}")
+        rows.append(cells)
+    return markdown(("", "learning rate", *columns), rows)
+
+
+PRETRAINED_RANKING: dict[str, tuple[str, ...]] = {
+    "held-out pairs": ("held out",),
+    "by the loss's own score": ("held out, own score",),
+    "low confidence": ("bands", "low"),
+    "middle": ("bands", "middle"),
+    "high": ("bands", "high"),
+    "log-prob of chosen answers": ("chosen log-prob",),
+}
+PRETRAINED_OTHERS: dict[str, tuple[str, ...]] = {
+    **{
+        f"RM-Bench {part}, {difficulty}": ("styles", f"rm_bench_{part}", difficulty)
+        for part in ("chat", "code")
+        for difficulty in ("easy", "normal", "hard")
+    },
+    "GSM8K pairs": ("further", "gsm8k_test", "accuracy"),
+    "log-prob of right solutions": ("further", "gsm8k_test", "chosen log-prob"),
+}
 
 
 def gradient_flow_table() -> str:
@@ -314,22 +355,23 @@ def reasoning_table() -> str:
     return markdown(("", *header), rows)
 
 
-def reasoning_rates_table() -> str:
-    """Return how well each loss ranks the validation problems of arithmetic after training with several rates."""
-    entries = load("studies_tuned/reasoning")["tuning of the learning rates on the validation pairs"]
-    names = {
-        "dpo": "DPO",
-        "simpo": "SimPO, gamma 0",
-        "amapo, paper": "AMaPO, paper",
-        "simpo, with SFT": "SFT alone",
-        "amapo, paper, with SFT": "AMaPO, paper, with SFT",
-    }
+def rates_table(study: str, names: dict[str, str]) -> str:
+    """Return how well each loss ranks the validation pairs after training with several rates.
+
+    Args:
+        study: the JSON file of a study whose rates were tuned.
+        names: for each loss of the tuning, its name in the table.
+    """
+    entries = load(study)["tuning of the learning rates on the validation pairs"]
     rates = dict.fromkeys(entry["learning rate"] for entry in entries)
     by_loss = rows_by(entries, "loss", "learning rate")
     rows = (
         (name, *(f"{100 * by_loss[loss, rate]['validation']:.1f}" for rate in rates)) for loss, name in names.items()
     )
-    return markdown(("", *(f"{rate:.0e}".replace("e-0", "e-") for rate in rates)), rows)
+    return markdown(("", *map(format_rate, rates)), rows)
+
+
+TUNED = {"dpo": "DPO", "simpo": "SimPO, gamma 0", "amapo, paper": "AMaPO, paper"}
 
 
 def sizes_table() -> str:
@@ -391,8 +433,10 @@ def weak_scaling_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "head": head_table,
-    "head-gpu": head_gpu_table,
+    "head-gpu": partial(head_gpu_table, "frozen"),
+    "head-gpu-trainable": partial(head_gpu_table, "trainable"),
     "precision": precision_table,
+    "precision-gpu": partial(precision_table, "head_gpu"),
     "losses": losses_table,
     "compare": compare_table,
     "demo": demo_table,
@@ -404,8 +448,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
+    "pretrained-ranking": partial(pretrained_table, "studies_pretrained", PRETRAINED_RANKING),
+    "pretrained-others": partial(pretrained_table, "studies_pretrained", PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
-    "reasoning-rates": reasoning_rates_table,
+    "reasoning-rates": partial(
+        rates_table,
+        "studies_tuned/reasoning",
+        {**TUNED, "simpo, with SFT": "SFT alone", "amapo, paper, with SFT": "AMaPO, paper, with SFT"},
+    ),
+    "pretrained-rates": partial(
+        rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
+    ),
     "sizes": sizes_table,
 }
 

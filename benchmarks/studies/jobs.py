@@ -22,7 +22,7 @@ import amapo_loss
 from benchmarks.record import version_of, write_tensors, write_whole
 from benchmarks.studies.arithmetic import arithmetic_problems, own_mistakes, own_pairs, share_solved, solve
 from benchmarks.studies.data import Corpus, both_answers, file_corpus, generated_corpus
-from benchmarks.studies.evaluation import accuracy, evaluate, training_metrics
+from benchmarks.studies.evaluation import accuracy, chosen_logp, evaluate, training_metrics
 from benchmarks.studies.harness import AnswerLogps, Optimization, Treatment, all_logps, imitate, prefer
 from benchmarks.studies.models import (
     BYTES,
@@ -144,7 +144,8 @@ def perform_job(
         train, ref, state_path = data.texts["train"], checkpoint["logps"], path.with_suffix(".state")
         trace = prefer(model, job.treatment, train, ref["train"], optimization, job.seed, "", state_path, advance)
         if job.only_validate:
-            metrics = {"validation": accuracy(all_logps(model, data.texts["validation"]))}
+            validated = all_logps(model, data.texts["validation"])
+            metrics = {"validation": accuracy(validated), "chosen log-prob": chosen_logp(validated)}
         else:
             metrics = evaluate(job.treatment, data.corpus, data.texts, evaluation_logps(model, data), ref)
         metrics |= training_metrics(trace)

@@ -25,6 +25,16 @@ Column = Callable[[Metrics], float | None]
 # no run has a number.
 Summary = tuple[float, float | None] | None
 PERCENT_COLUMNS = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # beginnings of their names
+TUNED_QUANTITIES = {  # keys of an entry of a tuning: the caption of its table and the label of its axis
+    "validation": (
+        "accuracy on the validation pairs in percent, after one run with each rate",
+        "validation pairs\nranked correctly",
+    ),
+    "chosen log-prob": (
+        "log-prob of the chosen answers of the validation pairs, nats per token, after these runs",
+        "log-prob of their chosen\nanswers, nats per token",
+    ),
+}
 SMALL_FONT = 8.5  # font size of explanations and legends
 
 
@@ -122,16 +132,18 @@ def format_summary(column: str, summary: Summary) -> str:
 
 
 def print_tuning(console: Console, entries: list[dict[str, Any]]) -> None:
-    """Print the accuracy on the validation pairs by loss and learning rate."""
+    """Print the accuracy and, if the entries have it, the log-prob on the validation pairs by loss and rate."""
     by_loss = tuning_by_loss(entries)
-    caption = "accuracy on the validation pairs in percent, after one run with each rate"
-    table = Table(title="Tuning of the learning rates", caption=caption, box=SIMPLE, padding=(0, 1))
-    table.add_column("")
-    for rate in next(iter(by_loss.values())):
-        table.add_column(format_rate(rate), justify="right")
-    for loss, by_rate in by_loss.items():
-        table.add_row(loss, *(f"{100 * entry['validation']:.1f}" for entry in by_rate.values()))
-    console.print(table)
+    for key, (caption, _) in TUNED_QUANTITIES.items():
+        if key not in entries[0]:
+            continue
+        table = Table(title="Tuning of the learning rates", caption=caption, box=SIMPLE, padding=(0, 1))
+        table.add_column("")
+        for rate in next(iter(by_loss.values())):
+            table.add_column(format_rate(rate), justify="right")
+        for loss, by_rate in by_loss.items():
+            table.add_row(loss, *(format_summary(key, (entry[key], None)) for entry in by_rate.values()))
+        console.print(table)
 
 
 def tuning_by_loss(entries: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, Any]]]:
@@ -143,24 +155,27 @@ def tuning_by_loss(entries: list[dict[str, Any]]) -> dict[str, dict[float, dict[
 
 
 def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
-    """Draw the accuracy on the validation pairs over the learning rate, and how it rises over training.
+    """Draw accuracy and log-prob on the validation pairs over the learning rate, and the accuracy over training.
 
-    The accuracy of a single batch is noisy, so the right panel shows its mean over a sixth of the steps.
+    The accuracy of a single batch is noisy, so the last panel shows its mean over a sixth of the steps. Entries of
+    earlier versions have no log-prob, and no panel for it.
     """
-    rate_axes, step_axes = figure.subplots(1, 2)
+    quantities = {key: label for key, (_, label) in TUNED_QUANTITIES.items() if key in entries[0]}
+    *rate_axes, step_axes = figure.subplots(1, len(quantities) + 1)
     best = best_entries(entries)
     for number, (loss, by_rate) in enumerate(tuning_by_loss(entries).items()):
         line_style = ("-", "--", ":", "-.")[number % 4]  # lines of equal values remain visible
-        accuracies = {rate: entry["validation"] for rate, entry in by_rate.items()}
-        rate_axes.plot(list(accuracies), list(accuracies.values()), "o", linestyle=line_style, label=loss)
+        for axes, key in zip(rate_axes, quantities):
+            axes.plot(list(by_rate), [entry[key] for entry in by_rate.values()], "o", linestyle=line_style)
         curve, rate = torch.tensor(best[loss][BATCH_ACCURACY]), format_rate(best[loss]["learning rate"])
         width = max(1, len(curve) // 6)
         means = curve.unfold(0, width, 1).mean(1)
         middles = torch.arange(len(means)) + (width - 1) / 2
         step_axes.plot(middles.tolist(), means.tolist(), linestyle=line_style, label=f"{loss}, {rate}")
-    rate_axes.set(xscale="log", xlabel="learning rate", ylabel="share of validation pairs\nranked correctly")
+    for axes, label in zip(rate_axes, quantities.values()):
+        axes.set(xscale="log", xlabel="learning rate", ylabel=label)
     step_axes.set(xlabel="training step", ylabel="share of the batch ranked correctly,\nbefore the step")
-    rate_axes.set_title("after one run with each rate", fontsize=SMALL_FONT)
+    rate_axes[0].set_title("after one run with each rate", fontsize=SMALL_FONT)
     step_axes.set_title(f"with the best rate of each loss; means over {width} steps", fontsize=SMALL_FONT)
     step_axes.legend(title="loss and its best rate", loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 

@@ -158,7 +158,8 @@ def tune(
     tried = [(group, rate) for group in first for rate in sorted(learning_rates)]
     found = perform([Job(replace(first[group], learning_rate=rate), seed, True) for group, rate in tried])
     entries = [
-        {"loss": group, "learning rate": rate, "validation": metrics["validation"]}
+        {"loss": group, "learning rate": rate}
+        | {name: metrics[name] for name in ("validation", "chosen log-prob")}
         | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
         for (group, rate), metrics in zip(tried, found)
     ]

@@ -591,22 +591,30 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         best = max((entry["validation"], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss)
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
+    assert all(entry["chosen log-prob"] < 0 for entry in result.tuning)
 
 
 def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
     """The picture shows the course of training with the best rate, or with the smaller one of two that are equal."""
     accuracies = {"dpo": {1e-4: 0.5, 1e-3: 0.7, 1e-2: 0.7}, "simpo": {1e-4: 0.4, 1e-3: 0.3, 1e-2: 0.6}}
     entries = [
-        {"loss": loss, "learning rate": rate, "validation": accuracy, BATCH_ACCURACY: [rate * k for k in range(12)]}
+        {
+            "loss": loss,
+            "learning rate": rate,
+            "validation": accuracy,
+            "chosen log-prob": -10 * accuracy,
+            BATCH_ACCURACY: [rate * k for k in range(12)],
+        }
         for loss, by_rate in accuracies.items()
         for rate, accuracy in by_rate.items()
     ]
     figure = Figure()
     draw_tuning(figure, entries)
-    rate_axes, step_axes = figure.axes
-    for line, (loss, by_rate), best in zip(rate_axes.lines, accuracies.items(), (1e-3, 1e-2), strict=True):
-        assert line.get_label() == loss
+    rate_axes, logp_axes, step_axes = figure.axes
+    lines = zip(rate_axes.lines, logp_axes.lines, strict=True)
+    for (line, logps), (loss, by_rate), best in zip(lines, accuracies.items(), (1e-3, 1e-2), strict=True):
         assert dict(zip(*line.get_data(), strict=True)) == by_rate
+        assert dict(zip(*logps.get_data(), strict=True)) == {rate: -10 * share for rate, share in by_rate.items()}
         (curve,) = (line for line in step_axes.lines if str(line.get_label()).startswith(f"{loss}, "))
         assert curve.get_label() == f"{loss}, 1e-{3 if loss == 'dpo' else 2}"
         # A sixth of 12 steps is 2, and the mean over the steps k and k + 1 is drawn between them.
@@ -621,6 +629,7 @@ def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
     rows = [line.split() for line in completed.stdout.splitlines()]
     assert rows.index(["1e-4", "1e-3", "1e-2"]) < rows.index(["dpo", "50.0", "70.0", "70.0"])
     assert ["simpo", "40.0", "30.0", "60.0"] in rows
+    assert ["simpo", "-4", "-3", "-6"] in rows
     assert (tmp_path / "ranking-rates.png").read_bytes().startswith(b"\x89PNG")
 
 
