@@ -326,7 +326,11 @@ def gradient_flow_table() -> str:
     """Return the gradient weights and norms of the gradient-flow study."""
     columns = ("weight misranked", "weight correct", "norm misranked", "norm correct")
     rows = []
-    for pairs, folder in (("generated", "studies"), ("real", "studies_own")):
+    for pairs, folder in (
+        ("generated", "studies"),
+        ("real", "studies_own"),
+        ("real, pretrained model", "studies_pretrained"),
+    ):
         study = load(f"{folder}/gradient-flow")["table, mean and standard deviation over the seeds"]
         for name, metrics in study.items():
             if metrics[columns[0]] is not None:
