@@ -56,8 +56,7 @@ def cost_table() -> str:
     """Return the README's table: one row for the loss, the head and the trainer each."""
     loss = rows_by(load("latency_cpu")["rows"], "pairs", "variant", "outputs")
     head = rows_by(load("head_cpu")["rows"], "head", "variant")
-    trainer = rows_by(load("trainer_cpu")["rows"], "trainer")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for pairs in (32, 1024):
         ours, baseline = (
             loss[pairs, variant, "loss only"]["median_us"] for variant in ("amapo_loss, eager", "released loss, eager")
@@ -72,13 +71,14 @@ def cost_table() -> str:
             )
         )
     on_gpu = rows_by(load("latency_gpu")["rows"], "pairs", "variant", "outputs")
-    ours, baseline = (
-        on_gpu[32, variant, "loss only"]["median_us"]
-        for variant in ("amapo_loss, Triton kernel", "released loss, eager")
-    )
-    rows.append(
-        ("`amapo_loss`, 32 pairs, H200", f"{ours:.0f} µs", f"{baseline:.0f} µs", "the authors' loss", "`make bench`")
-    )
+    for variant, name in (("eager", "the authors' loss"), ("torch.compile", "the authors' loss, compiled")):
+        ours, baseline = (
+            on_gpu[32, loss_name, "loss only"]["median_us"]
+            for loss_name in ("amapo_loss, Triton kernel", f"released loss, {variant}")
+        )
+        rows.append(
+            ("`amapo_loss` (Triton), 32 pairs, H200", f"{ours:.0f} µs", f"{baseline:.0f} µs", name, "`make bench`")
+        )
     for kind in ("frozen", "trainable"):
         ours, baseline = (
             f"{row['ms']:.0f} ms, {row['workspace_mb']:.0f} MB"
@@ -98,11 +98,14 @@ def cost_table() -> str:
                 for row in (head_on_gpu["Llama-3-8B", kind, name] for name in ("linear_sequence_logps", variant))
             )
             rows.append((f"`linear_sequence_logps`, {kind} head, H200", ours, other, baseline, "`make head`"))
-    ours, baseline = (
-        f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
-        for name in ("AMaPOTrainer", "DPOTrainer, precomputed reference")
-    )
-    rows.append(("a step of `AMaPOTrainer`", ours, baseline, "`DPOTrainer`, precomputed reference", "`make trainer`"))
+    for device, ours in (("cpu", "AMaPOTrainer"), ("gpu", "AMaPOTrainer, window of 128 scores")):
+        trainer = rows_by(load(f"trainer_{device}")["rows"], "trainer")
+        costs = (
+            f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
+            for name in (ours, "DPOTrainer, precomputed reference")
+        )
+        title = "a step of `AMaPOTrainer`" + {"cpu": "", "gpu": " with a window, H200"}[device]
+        rows.append((title, *costs, "`DPOTrainer`, precomputed reference", "`make trainer`"))
     lines = markdown(("", "this library", "baseline", "the baseline is", "command"), rows).splitlines()
     return "\n".join([lines[0], "|---|---:|---:|---|---|", *lines[2:]]) + "\n"
 
@@ -297,6 +300,9 @@ def pretrained_table(folder: str, columns: dict[str, tuple[str, ...]]) -> str:
         rate = treatment and (treatment["learning_rate"] or study["settings"]["learning_rate"])
         cells = [name, format_rate(rate)] if treatment else ["before training", ""]
         for keys in columns.values():
+            if not treatment and keys == ("held out, own score",):
+                cells.append("")  # no loss, no score
+                continue
             values = seed_values(runs, name, metric_at(*keys)) * (1 if keys[-1] == "chosen log-prob" else 100)
             cells.append(f"{values.mean():.1f} ({values.std():.1f})" if treatment else f"{values.mean():.1f}")
         rows.append(cells)
@@ -304,6 +310,7 @@ def pretrained_table(folder: str, columns: dict[str, tuple[str, ...]]) -> str:
 
 
 PRETRAINED_RANKING: dict[str, tuple[str, ...]] = {
+    "validation pairs": ("validation",),
     "held-out pairs": ("held out",),
     "by the loss's own score": ("held out, own score",),
     "low confidence": ("bands", "low"),

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -388,26 +389,30 @@ def exact_logps(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw time over memory, with a panel for each case and each head."""
-    panels = list(dict.fromkeys((row["case"], row["head"]) for row in rows))
+    """Draw time over memory, with a row of panels for each case, and a panel for each head."""
+    cases, heads = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "head"))
     colors = dict(zip(dict.fromkeys(row["variant"] for row in rows), (f"C{i}" for i in range(10))))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels) + 3, 4), squeeze=False)
-    for axis, (case, head) in zip(axes[0], panels):
+    size = (4.2 * len(heads) + 3, 3.6 * len(cases))
+    figure, axes = plt.subplots(len(cases), len(heads), figsize=size, squeeze=False, sharey="row")
+    for (case, head), axis in zip(product(cases, heads), axes.flat):
         for row in rows:
             if (row["case"], row["head"]) == (case, head) and row["ms"] is not None:
-                marker, size = ("*", 180) if row["variant"] in (OURS, OURS_CACHED) else ("o", 60)
+                marker, size_of_marker = ("*", 180) if row["variant"] in (OURS, OURS_CACHED) else ("o", 60)
                 axis.scatter(
                     row["workspace_mb"],
                     row["ms"],
-                    size,
+                    size_of_marker,
                     color=colors[row["variant"]],
                     marker=marker,
                     zorder=3,
                     label=row["variant"],
                 )
-        axis.set(xscale="log", ylim=(0, None), title=f"{head} head,\nvocabulary of {CASES[case].vocab_size:,}")
-        axis.set(xlabel="peak memory beyond\ninputs and gradients [MB]", ylabel="forward + backward [ms]")
+        axis.set(xscale="log", title=f"{case}, vocabulary of {CASES[case].vocab_size:,}:\n{head} head")
         axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("peak memory beyond\ninputs and gradients [MB]")
+    for axis in axes[:, 0]:
+        axis.set(ylim=(0, None), ylabel="forward + backward [ms]")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     write_picture(path, figure)

@@ -285,7 +285,6 @@ def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
     weight_axes.set(xlabel="training step", ylabel="mean gradient weight", title=solid_and_dashed)
     norm_axes.set(xlabel="training step", ylabel="gradient norm from these pairs", title=solid_and_dashed)
     weight_axes.set_ylim(0, 1.02)
-    norm_axes.legend(fontsize=SMALL_FONT)  # in the left panel it would hide lines
 
     for axes, quantity, title in (
         (pair_share_axes, "share", "share of the training pairs in each case"),
@@ -299,8 +298,17 @@ def draw_gradient_flow(figure: Figure, runs: list[Run]) -> None:
             left = left + width
         axes.invert_yaxis()  # the first treatment comes on top, as in the table
         axes.set(title=title, xlim=(0, 1))
-    handles, labels = weight_share_axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=SMALL_FONT, frameon=False)
+    for row, axes in enumerate((weight_share_axes, norm_axes)):  # inside the panels, the legends would hide lines
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            labels,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 0.03 * row),
+            ncol=len(labels),
+            fontsize=SMALL_FONT,
+            frameon=False,
+        )
 
 
 GRADIENT_FLOW = Study(
@@ -317,8 +325,8 @@ GRADIENT_FLOW = Study(
     },
     draw=draw_gradient_flow,
     needs_curves=True,
-    picture_height=6.5,
-    legend_share=0.04,
+    picture_height=6.8,
+    legend_share=0.07,
 )
 
 

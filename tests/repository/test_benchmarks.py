@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from amapo_loss import AdaptiveMargin, amapo_loss
 from benchmarks import compare, demo
@@ -205,6 +207,22 @@ def test_latency_prints_a_table_and_writes_json_and_picture(
     assert "summary" in printed
     assert latency.BASELINE in printed
     assert out.with_suffix(".png").exists()
+
+
+def test_the_picture_of_the_heads_shows_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panels of a case share their vertical axis, which must fit the slowest head."""
+    figures = list[Figure]()
+    monkeypatch.setattr(head, "write_picture", lambda path, figure: figures.append(figure))
+    costs = {("frozen", "a"): 2.0, ("frozen", "b"): 1.0, ("trainable", "a"): 9.0, ("trainable", "b"): None}
+    rows = [
+        {"case": "small", "head": kind, "variant": variant, "ms": ms, "workspace_mb": 10}
+        for (kind, variant), ms in costs.items()
+    ]
+    head.draw(Path("head.png"), rows)
+    panels = figures[0].axes
+    shown = [[y for points in panel.collections for _, y in np.asarray(points.get_offsets())] for panel in panels]
+    assert shown == [[2.0, 1.0], [9.0]]
+    assert all(panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 9 for panel in panels)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from packages that TRL imports
