@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests marked `gpu` and the speed benchmarks on a machine with a GPU. The time limits add up to 12 minutes.
+# Run the tests marked `gpu` and the speed benchmarks on a machine with a GPU. The time limits add up to 14 minutes.
 #
 #     benchmarks/speed/gpu.sh [folder]
 #
@@ -46,8 +46,8 @@ run() {
     report) step report 30 "$python" -m amapo_loss ;;
     essentials) pytest essentials 120 tests/loss/test_pair_loss.py tests/logps -k "OnAGpu or OnGPU or boundary" ;;
     latency) step latency 120 "$python" -m benchmarks.speed.latency --out "$out/latency_gpu.json" ${LATENCY_ARGS:-} ;;
-    head) step head 120 "$python" -m benchmarks.speed.head --out "$out/head_gpu.json" ${HEAD_ARGS:-} ;;
-    tests) pytest tests 180 tests/loss tests/logps ;;
+    head) step head 180 "$python" -m benchmarks.speed.head --rounds 3 --out "$out/head_gpu.json" ${HEAD_ARGS:-} ;;
+    tests) pytest tests 240 tests/loss tests/logps ;;
     trainer) step trainer 60 "$python" -m benchmarks.speed.trainer --out "$out/trainer_gpu.json" ${TRAINER_ARGS:-} ;;
     *) echo "unknown step $1" && failed+=" $1" ;;
   esac
