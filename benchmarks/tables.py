@@ -285,14 +285,14 @@ def real_ranking_table() -> str:
     return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
 
 
-def pretrained_table(folder: str, columns: dict[str, tuple[str, ...]]) -> str:
-    """Return the ranking study with the pretrained model.
+def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> str:
+    """Return how the pretrained model ranks pairs after training.
 
     Args:
-        folder: the folder of the study's JSON file.
+        study_file: the JSON file of a study whose treatments are losses.
         columns: for each heading, the keys of a metric. Accuracies become percent, log-probs keep nats per token.
     """
-    study = load(f"{folder}/ranking")
+    study = load(study_file)
     runs = [Run.from_json(entry) for entry in study["runs"]]
     rows = []
     for name in treatment_names(runs):
@@ -309,6 +309,7 @@ def pretrained_table(folder: str, columns: dict[str, tuple[str, ...]]) -> str:
     return markdown(("", "learning rate", *columns), rows)
 
 
+EQUAL_RATE = "sizes/SmolLM2-135M-Instruct/gradient-flow"
 PRETRAINED_RANKING: dict[str, tuple[str, ...]] = {
     "validation pairs": ("validation",),
     "held-out pairs": ("held out",),
@@ -459,8 +460,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
-    "pretrained-ranking": partial(pretrained_table, "studies_pretrained", PRETRAINED_RANKING),
-    "pretrained-others": partial(pretrained_table, "studies_pretrained", PRETRAINED_OTHERS),
+    "pretrained-ranking": partial(pretrained_table, "studies_pretrained/ranking", PRETRAINED_RANKING),
+    "pretrained-others": partial(pretrained_table, "studies_pretrained/ranking", PRETRAINED_OTHERS),
+    "equal-rate-ranking": partial(pretrained_table, EQUAL_RATE, PRETRAINED_RANKING),
+    "equal-rate-others": partial(pretrained_table, EQUAL_RATE, PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
     "reasoning-rates": partial(
         rates_table,
