@@ -496,6 +496,11 @@ def test_invalid_arguments_are_reported(arguments: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_command_takes_several_studies_in_their_order_or_all() -> None:
+    assert command.parse_args(["beta", "ranking"])[0].studies == ["beta", "ranking"]
+    assert command.parse_args(["all"])[0].studies == list(studies.STUDIES)
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_the_makefile_compares_four_models(tmp_path: Path) -> None:
     """The path of the model has a space, and the options of the files reach the command."""
