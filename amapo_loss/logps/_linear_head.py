@@ -127,9 +127,10 @@ def _frozen_head(
         constant = torch.full_like(block_state.sum_rest, rounding_scale)
         coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
-        product = _mm_out(x.new_empty(x[block].shape, dtype=acc_dtype), grad_z, weight)
+        product = _mm_out(_buffer_for(direction[block], acc_dtype), grad_z, weight)
         sum_ranks(product, group_name)
         torch.div(product, rounding_scale, out=direction[block])
+        del product  # or it would stay in memory while the next one is computed
     logps, factor = _online_lse.token_logps(*state[1:4]), _online_lse.gradient_factor(state, transform)
     return logps, _online_lse.entropies(state), factor, direction
 
@@ -267,7 +268,7 @@ def _head_gradients(
     grad_hidden, grad_weight, grad_bias = _allocate_gradients(
         hidden, weight, bias, needs_hidden, needs_weight, needs_bias
     )
-    grad_x = x.new_zeros(grad_hidden.shape, dtype=acc_dtype)
+    grad_x = _buffer_for(grad_hidden, acc_dtype).zero_()
     tile = _online_lse.empty_tile(x, (len(x), block_v), acc_dtype)
     for k, block in enumerate(_online_lse.blocks(len(weight), block_v)):
         z, block_transform = tile[:, : block.stop - block.start], transform.columns(block)
@@ -284,9 +285,11 @@ def _head_gradients(
         if needs_hidden:
             _addmm_out(grad_x, grad_z, w)
         if needs_weight:
-            grad_weight[block] = _mm_out(x.new_empty(w.shape, dtype=acc_dtype), grad_z.t(), x)
+            grad_w = grad_weight[block]
+            grad_w.copy_(_mm_out(_buffer_for(grad_w, acc_dtype), grad_z.t(), x))
         if needs_bias:
             grad_bias[block] = grad_z.sum(0, dtype=acc_dtype)
+        del w  # or it would stay in memory while the next one is converted
     if needs_hidden:
         sum_ranks(grad_x, group_name)
     return grad_hidden.copy_(grad_x), grad_weight, grad_bias
@@ -380,6 +383,11 @@ def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:
     """
     tensor = tensor.to(gemm_dtype)
     return tensor if _online_lse.uses_triton(tensor) else tensor.to(accumulation_dtype(tensor))
+
+
+def _buffer_for(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return contiguous memory of this dtype for a result that is copied to `out`: `out` itself, if it is like that."""
+    return out if out.dtype == dtype and out.is_contiguous() else out.new_empty(out.shape, dtype=dtype)
 
 
 def _mm_out(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

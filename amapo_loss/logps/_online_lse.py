@@ -188,18 +188,7 @@ def update(
     state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
     z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
     for block in blocks(len(z), CPU_LSE_ROWS):
-        _, _, max_rest, sum_rest, deviation_rest = state.select(block)
-        new_max = torch.maximum(max_rest, z[block].amax(1))
-        difference = z[block] - new_max.unsqueeze(1)
-        step = max_rest - new_max
-        if deviation_rest is not None:
-            exp = difference.exp()
-            difference.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
-            deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * difference).sum(1))
-        else:
-            exp = difference.exp_()
-        sum_rest.mul_(step.exp()).add_(exp.sum(1))
-        max_rest.copy_(new_max)
+        _add_columns(state.select(block), z[block])
 
 
 def merge(
@@ -252,6 +241,25 @@ def write_gradient(
     z *= -a.unsqueeze(1)
     z.scatter_(1, column, torch.where(in_tile, b, z.gather(1, column).squeeze(1)).unsqueeze(1))
     out.copy_(z)
+
+
+def _add_columns(
+    state: OnlineLSE,
+    z: Tensor,  # [n, v], -inf in the target's column
+) -> None:
+    """Add columns to the sums of a state, in place. This takes one copy of them, or three for an entropy."""
+    _, _, max_rest, sum_rest, deviation_rest = state
+    new_max = torch.maximum(max_rest, z.amax(1))
+    difference = z - new_max.unsqueeze(1)
+    step = max_rest - new_max
+    if deviation_rest is not None:
+        exp = difference.exp()
+        difference.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
+        deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * difference).sum(1))
+    else:
+        exp = difference.exp_()
+    sum_rest.mul_(step.exp()).add_(exp.sum(1))
+    max_rest.copy_(new_max)
 
 
 def _log_odds(

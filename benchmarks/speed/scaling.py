@@ -58,7 +58,10 @@ RANKS = (1, 8, 16, 32, 64)
 
 
 def vocab_parallel_cost(head: Head, ranks: int, trainable: bool, device: str = "cuda") -> Cost:
-    """Return the cost of `linear_token_logps` with the vocabulary split over the ranks."""
+    """Return the cost of `linear_token_logps` with the vocabulary split over the ranks, in bfloat16 or float16.
+
+    In float32, products and sums are written to their gradients, and the workspace is smaller.
+    """
     n, width, rows = head.tokens, head.width, -(-head.vocabulary // ranks)
     hidden_bytes, accumulated_bytes = n * width * head.element_bytes, n * width * 4
     if trainable:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from amapo_loss.kernels import online_lse
-from amapo_loss.logps import _linear_head
+from amapo_loss.logps import _linear_head, _online_lse
 from amapo_loss.logps._linear_head import _mm_out
 from amapo_loss.logps._online_lse import OnlineLSE
 from benchmarks.speed.memory import peak_bytes
@@ -386,11 +387,32 @@ def test_the_rows_of_tiles_are_aligned_for_any_vocabulary(
     assert {length % 8 for length in row_lengths} == {0}
 
 
+def column_major(x: Tensor) -> Tensor:
+    """Return the same numbers with the first two dimensions exchanged in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def test_inputs_may_have_any_strides() -> None:
     """The hidden states are [T, N, H] in memory, the weight is transposed, and every other label is taken."""
     head, labels = random_head(3, 6, 8, 30, "hidden weight"), random_labels(3, 12, 30)[:, ::2]
-    strided = Head(head.hidden.transpose(0, 1).contiguous().transpose(0, 1), head.weight.T.contiguous().T)
+    strided = Head(column_major(head.hidden), column_major(head.weight))
     torch.testing.assert_close(strided.sequence_logps(labels), head.sequence_logps(labels), rtol=1e-14, atol=0)
+
+
+@every_tiling
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_gradients_may_have_any_strides(backend: str, requires_grad: str) -> None:
+    """The gradient of a leaf has its strides. No hidden state is left out, which would copy the others."""
+    head, grad_output = random_head(6, 1, 8, 30, requires_grad), torch.arange(6.0)
+    with tiled(backend, 40) as device:
+        by_rows = head._replace(hidden=head.hidden.squeeze(1)).to(device, torch.float32)
+        by_columns = Head(column_major(by_rows.hidden), column_major(by_rows.weight)).to(device, torch.float32)
+        assert not by_columns.hidden.is_contiguous()
+        of_rows, of_columns = (
+            gradients(linear_token_logps(head.hidden, head.weight, torch.arange(6, device=device)), head, grad_output)
+            for head in (by_rows, by_columns)
+        )
+    torch.testing.assert_close(of_columns, of_rows)
 
 
 @every_tiling
@@ -767,6 +789,56 @@ def test_the_logits_are_never_held_in_memory() -> None:
         head = random_head(2, 512, 16, 8192, requires_grad).to("cpu", torch.float32)
         with tiled("torch", 2**18):
             assert peak_bytes(partial(step, head, lambda head: head.sequence_logps(labels))) < logits_bytes / 8
+
+
+# The sizes of tensors in the next two tests, in bytes. A tile of 2^18 numbers has 128 rows or 512 columns.
+TOKENS, VOCABULARY = 512, 2048
+TILE, ROWS_OF_TILE = 4 * 2**18, 4 * 64 * VOCABULARY  # the softmax of a CPU copies 64 rows at a time
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "order", "workspace"),
+    [
+        pytest.param(256, torch.Tensor.contiguous, TILE + ROWS_OF_TILE, id="rows"),
+        # The result of a tile is not contiguous, so its product needs 1 MB of its own, after the softmax.
+        pytest.param(2048, column_major, TILE + 4 * 128 * 2048, id="columns"),
+    ],
+)
+def test_a_frozen_head_keeps_the_gradient_and_needs_one_tile(
+    hidden_size: int, order: Callable[[Tensor], Tensor], workspace: int
+) -> None:
+    """Backward only scales the gradient."""
+    hidden, weight = torch.randn(TOKENS, hidden_size), torch.randn(VOCABULARY, hidden_size)
+    hidden = order(hidden).requires_grad_()
+    with patch.dict(_online_lse.TILE_ELEMENTS, cpu=2**18):
+        peak = peak_bytes(lambda: linear_token_logps(hidden, weight, torch.arange(TOKENS)))
+    assert peak == pytest.approx(hidden.nbytes + workspace, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("requires_grad", "autocast", "copies"),
+    [
+        ("hidden weight", False, 0),
+        ("weight", False, 0),
+        # A CPU stores rounded numbers in four bytes again: the hidden states, a block of the weight, and half a block
+        # more while it is converted.
+        ("hidden weight", True, 4 * 256 * (TOKENS + 1.5 * 512)),
+    ],
+)
+def test_a_trainable_head_needs_one_tile_and_no_second_copy_of_a_gradient(
+    requires_grad: str, autocast: bool, copies: float
+) -> None:
+    hidden, weight = torch.randn(TOKENS, 256), torch.randn(VOCABULARY, 256, requires_grad=True)
+    head = Head(hidden.requires_grad_("hidden" in requires_grad), weight)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logps = linear_token_logps(hidden, weight, torch.arange(TOKENS))
+        gradients(logps, head, torch.ones(TOKENS))
+
+    with patch.dict(_online_lse.TILE_ELEMENTS, cpu=2**18):
+        peak = peak_bytes(step)
+    assert peak == pytest.approx(sum(leaf.nbytes for leaf in head.leaves) + TILE + copies, rel=0.03)
 
 
 def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:

@@ -21,6 +21,7 @@ from tests.logps.test_linear_head import (
     WITH_GRADIENTS,
     WITHOUT_GRADIENTS,
     Head,
+    column_major,
     confident_head,
     gradients,
     random_head,
@@ -176,7 +177,7 @@ def check_loss_parallel(rank: int, group: Any) -> None:
 
 
 def check_on_a_mesh(rank: int, group: Any) -> None:
-    for check in (check_dtensors, check_loss_parallel, check_compiled, check_autocast):
+    for check in (check_dtensors, check_loss_parallel, check_compiled, check_autocast, check_strides):
         check(rank, group)
 
 
@@ -211,6 +212,18 @@ def check_autocast(rank: int, group: Any) -> None:
         expected = head.sequence_logps(labels)
         actual = of_rank(head, [4, 12, 5, 9], rank).sequence_logps(labels, vocab_group=group)
     torch.testing.assert_close(actual, expected)
+
+
+def check_strides(rank: int, group: Any) -> None:
+    """Collectives take contiguous tensors only, and the gradient of a leaf has its strides."""
+    target_ids = torch.arange(6)
+    for requires_grad in ("hidden", "hidden weight"):
+        head = random_head(6, 1, 8, 30, requires_grad)
+        hidden = column_major(head.hidden.detach().squeeze(1)).requires_grad_()
+        expected = gradients(head.sequence_logps(target_ids[:, None], shift=False), head, target_ids)
+        local = of_rank(head._replace(hidden=hidden), [4, 12, 5, 9], rank)
+        actual = gradients(linear_token_logps(hidden, local.weight, target_ids, vocab_group=group), local, target_ids)
+        torch.testing.assert_close(actual[0], expected[0].squeeze(1))
 
 
 def collectives(rank: int, group: Any) -> dict[str, Any]:

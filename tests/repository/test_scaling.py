@@ -44,8 +44,9 @@ def measured_costs(rank: int, group: Any) -> dict[str, dict[str, float]]:
     ranks, costs = group.size(), {}
     for name, function in scaling.STEPS.items():
         for trainable in (False, True):
-            hidden = torch.randn(SMALL.tokens, SMALL.width).requires_grad_()
-            weight = torch.randn(SMALL.vocabulary // ranks, SMALL.width).requires_grad_(trainable)
+            # Transposed, so that results need memory of their own before they are copied, as in bfloat16.
+            hidden = torch.randn(SMALL.width, SMALL.tokens).T.requires_grad_()
+            weight = torch.randn(SMALL.width, SMALL.vocabulary // ranks).T.requires_grad_(trainable)
             targets = torch.arange(SMALL.tokens)
             grad_weight_bytes = weight.nbytes if trainable else 0
 
