@@ -23,9 +23,9 @@ def moments(
     if mask is None:
         n = torch.full((), scores.shape[0], dtype=dtype, device=scores.device)
     else:
-        n, scores = mask.sum().to(dtype), scores.masked_fill(~mask, 0)
+        n, scores = mask.sum().to(dtype), torch.where(mask, scores, 0)
     mean = scores.sum() / n.clamp(min=1)
-    deviations = scores - mean if mask is None else (scores - mean).masked_fill(~mask, 0)
+    deviations = scores - mean if mask is None else torch.where(mask, scores - mean, 0)
     return torch.stack((n, mean, deviations.square().sum()))
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amapo_loss import _checks
@@ -145,9 +144,9 @@ class ScoreWindow(nn.Module):
     """
 
     scores: Tensor
-    """[size] float32 ring buffer: score number k, counted from 0, is stored at index k modulo size."""
+    """[size] float32, the newest scores in their order, behind zeros if there are fewer than `size`."""
     seen: Tensor
-    """0-dim int64, the number of scores that were stored since the last reset, or since another size was loaded."""
+    """0-dim int64, the number of finite scores since the last reset, or since another size was loaded."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -163,43 +162,23 @@ class ScoreWindow(nn.Module):
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
         if scores.device != self.scores.device:
             self.scores, self.seen = self.scores.to(scores.device), self.seen.to(scores.device)
-        size = len(self.scores)
-        rows = all_gather_row(torch.cat([moments(scores, scores.isfinite()), self._newest(scores)]), process_group)
-        batch_moments, latest = rows[:, :3], rows[:, 3:].flatten()
+        size, values = len(self.scores), scores.detach().to(sum_dtype(scores.device))
+        finite = values.abs() < torch.inf  # False for NaN
+        row = torch.cat([moments(values, finite), _newest(values, finite, size)])
+        rows = all_gather_row(row, process_group)
+        moments_of_ranks, newest_of_ranks = rows[:, :3], rows[:, 3:]
+        counts = moments_of_ranks[:, 0]
 
-        age = (self.seen - 1 - torch.arange(size, device=scores.device)) % size  # 0 is the latest score
-        in_window = (age < self.seen) & (age < size - batch_moments[:, 0].sum())
-        earlier_moments = moments(self.scores, in_window)
-        merged = merge_moments(torch.cat([batch_moments, earlier_moments[None]]))
+        age = torch.arange(size - 1, -1, -1, device=scores.device)  # 0 for the newest stored score
+        in_window = age < torch.minimum(self.seen, size - counts.sum())
+        stored_moments = moments(self.scores, in_window)
+        merged = merge_moments(torch.cat([moments_of_ranks, stored_moments[None]]))
         if self.training and scores.requires_grad:
-            self._remember(latest)
+            candidates = torch.cat([self.scores[None], newest_of_ranks])
+            present = age < torch.cat([self.seen[None], counts]).unsqueeze(1)
+            self.scores.copy_(_newest(candidates.flatten(), present.flatten(), size))
+            self.seen.add_(counts.sum().long())
         return ScoreStatistics(*mean_std_count(merged))
-
-    def _newest(
-        self,
-        scores: Tensor,  # [B]
-    ) -> Tensor:
-        """Return the newest finite scores in their order [size], behind NaN if there are fewer."""
-        size, finite = len(self.scores), scores.isfinite()
-        age = finite.flip(0).cumsum(0).flip(0) - 1  # 0 for the newest finite score
-        # Other scores are written to a dummy slot at index `size`: boolean indexing would synchronize with the device.
-        index = torch.where(finite & (age < size), size - 1 - age, size)
-        slots = torch.full((size + 1,), torch.nan, dtype=sum_dtype(scores.device), device=scores.device)
-        return slots.scatter(0, index, scores.detach().to(slots.dtype))[:size]
-
-    def _remember(
-        self,
-        latest: Tensor,  # [ranks * size], NaN where a rank has fewer than `size` finite scores
-    ) -> None:
-        size = len(self.scores)
-        finite = latest.isfinite()
-        order = finite.cumsum(0)  # 1 for the first finite score, 2 for the second, ...
-        kept = finite & (order > order[-1] - size)
-        # Dropped scores are written to a dummy slot at index `size`, as in `_newest`.
-        index = torch.where(kept, (self.seen + order - 1) % size, size)
-        ring = F.pad(self.scores, (0, 1)).scatter(0, index, latest.to(self.scores.dtype))
-        self.scores.copy_(ring[:size])
-        self.seen.add_(order[-1])
 
     def reset(self) -> None:
         """Forget all scores."""
@@ -244,13 +223,23 @@ class ScoreWindow(nn.Module):
             self.scores.copy_(scores)
             self.seen.copy_(seen)
             return
-        stored = min(int(seen), len(scores))
-        newest_first = scores[(seen.to(scores.device) - 1 - torch.arange(stored, device=scores.device)) % len(scores)]
-        kept = newest_first[: len(self.scores)].flip(0)
+        kept = min(int(seen), len(scores), len(self.scores))
         self.reset()
-        self.scores[: len(kept)].copy_(kept)
-        self.seen.fill_(len(kept))
+        self.scores[len(self.scores) - kept :].copy_(scores[len(scores) - kept :])
+        self.seen.fill_(kept)
 
     def extra_repr(self) -> str:
         """Return the size, for `print(module)`."""
         return f"size={len(self.scores)}"
+
+
+def _newest(
+    values: Tensor,  # [n]
+    present: Tensor,  # [n] bool
+    size: int,
+) -> Tensor:
+    """Return the last `size` values that are present [size], in their order and behind zeros if there are fewer."""
+    rank = present.flip(0).cumsum(0).flip(0)  # 1 for the last value that is present
+    # Other values are written to a dummy slot at index `size`: boolean indexing would synchronize with the device.
+    index = torch.where(present & (rank <= size), size - rank, size)
+    return values.new_zeros(size + 1).scatter(0, index, values)[:size]
