@@ -41,13 +41,29 @@ except (ImportError, RuntimeError) as error:
         f"amapo_loss.trl needs {_NEEDED}, and trl {version('trl')} cannot be imported here: {error}"
     ) from error
 
-# The methods of DPOTrainer that this file overrides or calls. A version string would not say whether they are there.
-_HOOKS = ("_compute_loss", "compute_ref_log_probs", "_set_signature_columns_if_needed", "evaluation_loop", "log")
-if missing := " and no ".join(name for name in _HOOKS if not hasattr(DPOTrainer, name)):
-    raise ImportError(
-        f"amapo_loss.trl needs {_NEEDED}, found {version('trl')}, whose DPOTrainer has no {missing}: "
-        f"run `pip install '{_NEEDED}'`"
-    )
+# What this file overrides, calls or sets in DPOTrainer. A version string would not say whether it is there.
+_METHODS = (
+    "_compute_loss",
+    "compute_ref_log_probs",
+    "_set_signature_columns_if_needed",
+    "evaluation_loop",
+    "log",
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+)
+_ATTRIBUTES = ("loss_types", "loss_weights", "precompute_ref_logps", "_metrics")
+
+
+def _require(trainer: Any, names: tuple[str, ...]) -> None:
+    """Raise ImportError if a trainer, or its class, lacks one of these names."""
+    if missing := " and no ".join(name for name in names if not hasattr(trainer, name)):
+        raise ImportError(
+            f"amapo_loss.trl needs {_NEEDED}, found {version('trl')}, whose DPOTrainer has no {missing}: "
+            f"run `pip install '{_NEEDED}'`"
+        )
+
+
+_require(DPOTrainer, _METHODS)
 
 __all__ = ["AMaPOConfig", "AMaPOTrainer"]
 
@@ -62,7 +78,13 @@ _OPTIONS_OF_OTHER_LOSSES = (
     "discopop_tau",
 )
 _OPTIONS_OF_THE_MARGIN = tuple(f.name for f in fields(AdaptiveMargin))
-_OPTIONS_OF_A_REFERENCE = ("precompute_ref_log_probs", "sync_ref_model")
+_OPTIONS_OF_A_REFERENCE = (
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
 _CITATION = """@inproceedings{deng2026amapo,
@@ -100,7 +122,9 @@ class AMaPOConfig(DPOConfig):
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
             out. The loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0
             included, so that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
-        sft_weight: weight of TRL's SFT loss on the chosen responses, to be added to this loss. With 0 it is left out.
+        sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
+            all tokens of the chosen responses, without those of pairs whose weight is 0. Other weights do not change
+            it.
         statistics_window: number of scores that the statistics are taken over during training, with a `ScoreWindow`. It
             has the scores of this micro-batch and of the ones before it, on all processes, up to this number. Choose it
             near the number of pairs per optimizer step on all processes. None takes the statistics of each micro-batch
@@ -110,9 +134,9 @@ class AMaPOConfig(DPOConfig):
         TypeError: if a value has a wrong type.
         ValueError: if a value is out of range; if an option is set that belongs to another loss of `DPOTrainer`
             (`loss_type`, `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`,
-            `discopop_tau`); if `precompute_ref_log_probs` or `sync_ref_model` is set together with `reference_free`; if
-            an option of the adaptive margin is set together with `constant_margin` or `margin_column`, or both of these
-            are set.
+            `discopop_tau`); if an option of the reference (`precompute_ref_log_probs`, `sync_ref_model` and their own
+            options) is set together with `reference_free`; if an option of the adaptive margin is set together with
+            `constant_margin` or `margin_column`, or both of these are set.
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
@@ -170,7 +194,8 @@ class AMaPOConfig(DPOConfig):
     def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
         """Return a configuration with the values of a `DPOConfig`, and the given options of this class.
 
-        With averaged log-probs, a beta that the `DPOConfig` leaves at its default of 0.1 becomes 2.0.
+        With averaged log-probs, a beta that a `DPOConfig` leaves at its default of 0.1 becomes 2.0. An `AMaPOConfig`
+        keeps its own.
 
         Raises:
             TypeError: if `dpo_config` is not a `DPOConfig`.
@@ -181,7 +206,8 @@ class AMaPOConfig(DPOConfig):
         # `to_dict` would mask tokens and turn objects into text.
         names = [f.name for f in fields(cls) if f.init and hasattr(dpo_config, f.name)]
         values = {name: getattr(dpo_config, name) for name in names}
-        if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
+        is_default = not isinstance(dpo_config, AMaPOConfig) and dpo_config.beta == DPOConfig.beta
+        if is_default and options.get("length_average", True):
             del values["beta"]
         return cls(**values | options)
 
@@ -247,6 +273,8 @@ def _summed_logps(outputs: Any, inputs: dict[str, Any]) -> Tensor:
 
 # From TRL 1.6 on, `compute_ref_log_probs` takes the reference model. Before, it takes that of the trainer.
 _REFERENCE_IS_AN_ARGUMENT = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters
+# Up to TRL 1.14, `use_liger_kernel` leads to a DPO loss in one of these: the first up to 1.13, the second in 1.14.
+_METHODS_OF_OTHER_LIGER_LOSSES = ("_compute_loss_liger", "_get_per_token_logps_and_entropies")
 _NO_REFERENCE: Any = object()  # stands for the reference model, so that DPOTrainer does not build a second model
 
 
@@ -287,12 +315,13 @@ class AMaPOTrainer(DPOTrainer):
             raise TypeError(f"args must be an AMaPOConfig, got {type(args).__name__}{advice}")
         if args.reference_free and ref_model is not None:
             raise ValueError("ref_model was given, but reference_free is True: pass AMaPOConfig(reference_free=False)")
-        if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
+        if args.use_liger_kernel and any(hasattr(DPOTrainer, name) for name in _METHODS_OF_OTHER_LIGER_LOSSES):
             raise ValueError(
                 f"use_liger_kernel must be False with TRL {version('trl')}, which would compute a DPO loss of its own: "
-                "leave it out, or install trl>=1.14"
+                "leave it out, or install trl>=1.15"
             )
         super().__init__(model, _NO_REFERENCE if args.reference_free else ref_model, args, *others, **options)
+        _require(self, _ATTRIBUTES)
         self._require_data_parallelism()
         self._warn()
         if self._columns():
@@ -382,14 +411,26 @@ class AMaPOTrainer(DPOTrainer):
 
         # With reference log-probs in its inputs, DPOTrainer makes no forward pass for them.
         inputs = inputs | self._reference_logps(inputs)
+        trl_inputs = self._without_columns(inputs)
+        if self.args.sft_weight:
+            mask, counted = inputs["completion_mask"], self._has_sft_tokens(inputs)
+            # Where no pair counts, TRL gets all of them, because its metrics are averages over tokens, too.
+            trl_inputs["completion_mask"] = torch.where(counted.any(), mask * counted.repeat(2).unsqueeze(1), mask)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            trl_result = super()._compute_loss(recording_model, self._without_columns(inputs), return_outputs)
+            trl_result = super()._compute_loss(recording_model, trl_inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
         trl_loss, *trl_outputs = trl_result if return_outputs else (trl_result,)
+        if self.args.sft_weight:
+            trl_loss = torch.where(counted.any(), trl_loss, 0)  # TRL's average over no tokens is NaN
         loss = self._amapo_loss(logps[0], inputs) + trl_loss
         return (loss, *trl_outputs) if return_outputs else loss
+
+    def _has_sft_tokens(self, inputs: dict[str, Any]) -> Tensor:
+        """Return which pairs [B] have a weight other than 0 and tokens in the chosen response."""
+        counted: Tensor = inputs["completion_mask"][:, 1:].sum(1).chunk(2)[0] > 0
+        return counted & (inputs["weights"].to(counted.device) != 0) if "weights" in inputs else counted
 
     def _reference_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the summed reference log-probs under TRL's names for precomputed ones.
@@ -473,6 +514,10 @@ class AMaPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
+        if self.model.training and logs.keys().isdisjoint(("loss", "train_loss")):
+            # These are values of a callback. It may run on one process only, so nothing is gathered for them.
+            super(DPOTrainer, self).log(logs, start_time)
+            return
         if self.model.training and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             self._replace_metrics("train", self._totals.reduced(group))

@@ -1,6 +1,7 @@
 """Check `AMaPOTrainer` in TRL's real training loop, with a tiny Llama, a byte-level tokenizer and generated pairs."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,8 +22,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies raise many warnings about themselves
 
 # These modules import TRL, so they must come after the lines that skip this file where TRL is not installed.
-from trl import DPOTrainer  # noqa: E402
-
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
 from tests.support.trl import (  # noqa: E402
@@ -92,6 +91,7 @@ def first_batch(dataloader: Any) -> dict[str, Tensor]:
         {"margin_column": "gap"},
         {"weight_column": "importance"},
         {"margin_column": "gap", "weight_column": "importance", "length_average": False, "beta": 0.1},
+        {"weight_column": "importance", "sft_weight": 0.3},
     ],
 )
 def test_the_first_step_has_the_loss_and_the_summary_of_amapo_loss(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -109,6 +109,9 @@ def test_the_first_step_has_the_loss_and_the_summary_of_amapo_loss(tmp_path: Pat
         label_smoothing=options.get("label_smoothing", 0.0),
     )
     (chosen_sums, _), (chosen_lengths, _) = (x.chunk(2) for x in summed_logps(trainer.model, batch))
+    if "weight_column" in options:  # SFT leaves out the pairs of weight 0
+        assert 0 < (batch["weights"] == 0).sum() < len(batch["weights"])
+        chosen_sums, chosen_lengths = (x * (batch["weights"] != 0) for x in (chosen_sums, chosen_lengths))
     sft_loss = -chosen_sums.sum() / chosen_lengths.sum()
     loss = loss + options.get("sft_weight", 0.0) * sft_loss
     trainer.train()
@@ -383,6 +386,47 @@ def test_no_model_sees_the_columns(tmp_path: Path) -> None:
     assert not {"margin", "weights", "gap", "importance"} & seen
 
 
+def test_a_micro_batch_whose_pairs_are_all_left_out_has_the_loss_0(tmp_path: Path) -> None:
+    """TRL's average over no token would be NaN."""
+    dataset = pairs().add_column("importance", [0.0] * len(pairs()))
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=1,
+        train_dataset=dataset,
+        weight_column="importance",
+        sft_weight=0.3,
+        logging_nan_inf_filter=False,
+    )
+    before = trainer.model.lm_head.weight.clone()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == log["grad_norm"] == 0
+    assert all(math.isfinite(value) for value in log.values())
+    assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_a_callback_may_log_values_of_its_own(tmp_path: Path) -> None:
+    """It may do so on one process only, so that such a log must not gather anything."""
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
+        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
+            with pytest.MonkeyPatch.context() as patches:
+                patches.setattr(Totals, "reduced", lambda *_: pytest.fail("the log gathers totals"))
+                trainer.log({"own": 1.0})
+
+    histories = []
+    for callbacks in ([], [Callback()]):
+        trainer = make_trainer(tmp_path, max_steps=2, logging_steps=2)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        histories.append(trainer.state.log_history)
+    own = [log for log in histories[1] if "own" in log]
+    assert [log.keys() for log in own] == [{"own", "epoch", "step"}] * 2
+    ((logged, _), (logged_beside, _)) = histories[0], [log for log in histories[1] if "own" not in log]
+    assert logged == logged_beside
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, weight_column="importance")
     with pytest.raises(ValueError, match="the data has no column 'importance', which the configuration names for weig"):
@@ -572,6 +616,7 @@ def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
     assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options)).beta == 0.3
     assert AMaPOConfig.of(DPOConfig(str(tmp_path), beta=0.3, **options), beta=0.5).beta == 0.5
     assert AMaPOConfig.of(dpo_config, length_average=False, reference_free=False).beta == 0.1
+    assert AMaPOConfig.of(AMaPOConfig(str(tmp_path), beta=0.1, **options), formula="released").beta == 0.1
     with pytest.raises(ValueError, match="loss_type belongs to another loss"):
         AMaPOConfig.of(DPOConfig(str(tmp_path), loss_type=["ipo"], **options))
     with pytest.raises(TypeError, match="dpo_config must be a DPOConfig, got dict"):
@@ -610,7 +655,8 @@ def test_a_trainer_with_the_config_of_a_dpo_config_trains_as_with_its_own(tmp_pa
         (
             "class DPOConfig: pass\nclass DPOTrainer:\n    def log(self): pass\n    def evaluation_loop(self): pass\n",
             "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _compute_loss and no compute_ref_log_probs "
-            "and no _set_signature_columns_if_needed: run `pip install 'trl>=1.0,<1.17'`",
+            "and no _set_signature_columns_if_needed and no _save_optimizer_and_scheduler "
+            "and no _load_optimizer_and_scheduler: run `pip install 'trl>=1.0,<1.17'`",
         ),
         (None, "needs TRL: run `pip install 'trl>=1.0,<1.17'`"),
         (
@@ -639,7 +685,14 @@ def test_importing_without_a_trl_that_has_the_hooks_raises(tmp_path: Path, packa
     assert message in result.stdout
 
 
-@pytest.mark.skipif(not hasattr(DPOTrainer, "_compute_loss_liger"), reason="this TRL has no Liger loss of its own")
+def test_a_trainer_without_an_attribute_that_is_set_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise TRL's own loss would be added, because nothing has set its weight to 0."""
+    monkeypatch.setattr("amapo_loss.trl._ATTRIBUTES", ("loss_types", "no_such_attribute"))
+    with pytest.raises(ImportError, match="whose DPOTrainer has no no_such_attribute"):
+        make_trainer(tmp_path)
+
+
+@pytest.mark.skipif(TRL >= (1, 15), reason="this TRL has no Liger loss of its own")
 def test_a_liger_loss_of_trl_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_liger_kernel must be False with TRL"):
         make_trainer(tmp_path, use_liger_kernel=True)

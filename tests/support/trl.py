@@ -74,7 +74,7 @@ def pairs(n: int = 24) -> Any:
 def pairs_with_columns(n: int = 24) -> Any:
     """Return `pairs` with a margin and a weight for each, some of which are 0."""
     dataset = pairs(n).add_column("gap", [i % 5 / 4 for i in range(n)])
-    return dataset.add_column("importance", [i % 4 for i in range(n)])
+    return dataset.add_column("importance", [(i + 1) % 4 for i in range(n)])
 
 
 def make_trainer(
