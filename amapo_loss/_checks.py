@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Formula = Literal["paper", "released"]
 Scaling = Literal["exp", "linear"]
@@ -141,6 +142,14 @@ def boolean(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def function(name: str, value: object, expected: str) -> None:
+    """Raise TypeError unless `value` can be called. A class is refused: it was given without the parentheses."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be {expected}, got the class {value.__name__}")
+    if not callable(value):
+        raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
+
+
 def choice(name: str, value: object, options: object) -> None:
     """Raise unless `value` is one of the strings of the Literal type `options`."""
     if value not in get_args(options):
@@ -154,6 +163,18 @@ def process_group(name: str, value: object) -> None:
     """
     if not isinstance(value, torch.distributed.ProcessGroup):
         raise TypeError(f"{name} must be a torch.distributed group that this rank belongs to, got {_describe(value)}")
+
+
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is enabled for a type of device, as it never is for "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Return whether a derivative in forward mode is wanted, as under `torch.func.jvp`."""
+    if torch.compiler.is_compiling():  # cannot trace this in torch 2.8
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -3,13 +3,15 @@
 Depends only on torch and the argument checks.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
 from amapo_loss import _checks
 
-# torch 2.13 deprecates the name all_gather_into_tensor.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 deprecates the name all_gather_into_tensor. A PyTorch that was built without distributed has neither.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def all_gather_row(

@@ -40,15 +40,11 @@ class LossOptions(NamedTuple):
             _checks.number("margin", self.margin)
         elif isinstance(self.margin, Tensor):
             _checks.real_tensor("margin", self.margin)
-        elif isinstance(self.margin, type) or not (isinstance(self.margin, AdaptiveMargin) or callable(self.margin)):
-            is_class = isinstance(self.margin, type)  # as in margin=AdaptiveMargin, without the parentheses
-            got = f"the class {self.margin.__name__}" if is_class else type(self.margin).__name__
+        elif not isinstance(self.margin, AdaptiveMargin):
             expected = "an AdaptiveMargin, a number, a tensor with one entry per pair, or a function"
-            raise TypeError(f"margin must be {expected}, got {got}")
-        if not (self.statistics is None or callable(self.statistics) or isinstance(self.statistics, ScoreStatistics)):
-            raise TypeError(
-                f"statistics must be ScoreStatistics or a callable estimator, got {type(self.statistics).__name__}"
-            )
+            _checks.function("margin", self.margin, expected)
+        if not (self.statistics is None or isinstance(self.statistics, ScoreStatistics)):
+            _checks.function("statistics", self.statistics, "ScoreStatistics or a callable estimator")
         if self.process_group is not None:
             _checks.process_group("process_group", self.process_group)
         _checks.choice("reduction", self.reduction, Reduction)

@@ -283,12 +283,15 @@ def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     backend, device = options.backend, pairs.chosen_logps.device
     if backend == "torch" or (backend == "auto" and (device.type != "cuda" or kernels.WHY_NO_TRITON is not None)):
         return False
+    in_forward_mode = _checks.has_tangent(*pairs.logps())
+    if backend == "triton" and in_forward_mode:
+        raise ValueError("backend='triton' has no derivative in forward mode: use backend='torch' or 'auto'")
     needs_float64 = pairs.accumulation_dtype() == torch.float64
     if backend == "triton" and needs_float64:
         raise ValueError("backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'")
     if backend == "triton" and device.type != ("cpu" if kernels.interpreted() else "cuda"):
         raise ValueError(f"backend='triton' runs on a GPU, got chosen_logps on {device}: use backend='torch' or 'auto'")
-    return not needs_float64
+    return not (needs_float64 or in_forward_mode)
 
 
 def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:

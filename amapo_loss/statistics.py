@@ -109,7 +109,7 @@ class ScoreWindow(nn.Module):
 
     For each batch, it returns the statistics over the batch and over the newest stored scores, together `size` scores.
     If the batch alone has more than `size` scores, the statistics are those of the batch. Scores that are NaN or
-    infinite are ignored.
+    infinite are ignored, and so are those that would be infinite in float32, in which scores are stored.
 
     The window then stores the scores of the batch, but only in training mode and if a gradient is wanted for them
     (`scores.requires_grad`). Evaluation and reference passes leave it as it is. Stored scores come from an earlier
@@ -152,18 +152,17 @@ class ScoreWindow(nn.Module):
         super().__init__()
         _checks.integer("size", size, at_least=1)
         # Plain attributes. As buffers they would be rounded by `.to(torch.bfloat16)`, and overwritten by DDP, which
-        # broadcasts buffers from rank 0.
-        self.scores = torch.zeros(size)
-        self.seen = torch.zeros((), dtype=torch.int64)
+        # broadcasts buffers from rank 0. A default device or dtype, as while a model is built, is not for them.
+        self.scores = torch.zeros(size, dtype=torch.float32, device="cpu")
+        self.seen = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def forward(self, scores: Tensor, process_group: dist.ProcessGroup | None = None) -> ScoreStatistics:
         """Return the statistics over `scores` [B] and the newest stored scores; store `scores` if training."""
         _checks.one_entry_per_pair({"scores": _checks.floating_tensor("scores", scores)})
-        if scores.device != self.scores.device:
-            self.scores, self.seen = self.scores.to(scores.device), self.seen.to(scores.device)
+        self._move(scores.device)
         size, values = len(self.scores), scores.detach().to(sum_dtype(scores.device))
-        finite = values.abs() < torch.inf  # False for NaN
+        finite = values.abs() <= torch.finfo(self.scores.dtype).max  # False for NaN
         row = torch.cat([moments(values, finite), _newest(values, finite, size)])
         rows = all_gather_row(row, process_group)
         moments_of_ranks, newest_of_ranks = rows[:, :3], rows[:, 3:]
@@ -188,9 +187,13 @@ class ScoreWindow(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreWindow":
         """Apply only the change of device of `fn`, which is from `to`, `cuda` or `cpu`, and not its change of dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.scores.device)).device
-        self.scores, self.seen = self.scores.to(device), self.seen.to(device)
+        self._move(fn(torch.empty(0, device=self.scores.device)).device)
         return self
+
+    @torch.inference_mode(False)  # a tensor that moves in this mode could not be written to outside of it
+    def _move(self, device: torch.device) -> None:
+        if device != self.scores.device:
+            self.scores, self.seen = self.scores.to(device), self.seen.to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

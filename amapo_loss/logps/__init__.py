@@ -6,7 +6,6 @@ This file has the public functions, their argument checks and the reduction over
 
 from typing import Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -93,7 +92,7 @@ def sequence_logps(
             fails); if logits that are a DTensor are not sharded on V over a mesh of one dimension, or its ranks have
             different labels.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative.
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`.
 
     Example:
         >>> import torch
@@ -333,8 +332,9 @@ def linear_token_logps(
             ZeRO-3; if a DTensor has other placements than above, or if `vocab_group` is given in addition; if the ranks
             of a split vocabulary have different targets; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative. With gloo, if another rank of the split vocabulary
-            does not take part before the timeout of the group; NCCL's watchdog ends the process instead.
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`. With
+            gloo, if another rank of the split vocabulary does not take part before the timeout of the group; NCCL's
+            watchdog ends the process instead.
 
     Example:
         >>> import torch
@@ -473,7 +473,7 @@ def _check_head(
     for name, tensor in {**parameters, "targets": targets}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of hidden, {hidden.device}")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if _checks.autocasts(hidden.device.type):
         return
     for name, parameter in parameters.items():
         if parameter.dtype != hidden.dtype:

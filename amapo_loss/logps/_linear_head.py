@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from amapo_loss._checks import accumulation_dtype
+from amapo_loss._checks import accumulation_dtype, autocasts
 from amapo_loss.logps import _online_lse
+from amapo_loss.logps._autograd import once_differentiable, raise_in_forward_mode
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 from amapo_loss.logps._vocab_parallel import merge_ranks, sum_ranks, vocab_shard
 
@@ -58,9 +58,10 @@ def linear_logps(
     Without `with_entropy`, the entropies are [0].
     """
     device, gemm_dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and gemm_dtype != torch.float64:
+    if autocasts(device) and gemm_dtype != torch.float64:
         gemm_dtype = torch.get_autocast_dtype(device)
-    bias = transform.bias
+    bias = None if transform.bias is None else transform.bias.contiguous()  # the kernels read adjacent numbers
+    raise_in_forward_mode(hidden, weight, bias)
     head = (hidden, weight, target_ids, bias)
     arguments = (*head, gemm_dtype, transform.scale, transform.softcap, group_name, with_entropy)
     # Decide here which gradients are wanted. Inside the forward of an autograd function, grad mode is always off, and
@@ -74,7 +75,7 @@ def linear_logps(
     if trainable or needs_conversion:
         logps, entropy, *_ = _TrainableHead.apply(*arguments, keep_bytes)
     else:
-        logps, entropy, *_ = _FrozenHead.apply(*arguments)
+        logps, entropy, *_ = _FrozenHead.apply(*arguments, hidden[:0].clone())
     return logps, entropy
 
 
@@ -83,6 +84,7 @@ def gather_rows(
     index: Tensor,  # [n], without duplicates
 ) -> Tensor:
     """Return the rows [n, H] of a matrix at the index."""
+    raise_in_forward_mode(tensor)
     rows: Tensor = _GatherRows.apply(tensor, index)
     return rows
 
@@ -144,28 +146,32 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Saves the factors and directions of the gradients, and neither the hidden states nor the weight."""
+    """Saves the factors and directions of the gradients, and neither the hidden states nor the weight.
+
+    The last input is an empty tensor in the graph of the hidden states. It is saved in their place, for
+    `once_differentiable`.
+    """
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return _frozen_head(*inputs)
+        return _frozen_head(*inputs[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*output[2:])
+        ctx.save_for_backward(*output[2:], inputs[-1])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
-            return (None,) * 9
-        factor, direction = ctx.saved_tensors
+            return (None,) * 10
+        factor, direction, _in_graph = saved
         # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
         # backward pass through the same graph needs `direction` again.
         grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
-        return grad_hidden, *(None,) * 8
+        return grad_hidden, *(None,) * 9
 
 
 # A trainable head.
@@ -326,12 +332,12 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
             return (None,) * 10
-        hidden, weight, bias, *saved = ctx.saved_tensors
+        hidden, weight, bias, *state = saved
         needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        gradients = _head_gradients(grad_output, hidden, weight, bias, *ctx.options, *saved, *needed)
+        gradients = _head_gradients(grad_output, hidden, weight, bias, *ctx.options, *state, *needed)
         grad_hidden, grad_weight, grad_bias = (gradient if need else None for gradient, need in zip(gradients, needed))
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * 6
 
@@ -434,7 +440,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> Any:
+        (index,) = saved
         grad_tensor = grad_output.new_zeros((ctx.num_rows, *grad_output.shape[1:]))
         return grad_tensor.index_copy_(0, index, grad_output), None

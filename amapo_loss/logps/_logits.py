@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
+from amapo_loss.logps._autograd import once_differentiable, raise_in_forward_mode
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 from amapo_loss.logps._vocab_parallel import merge_ranks, vocab_shard
 
@@ -32,6 +32,7 @@ def logits_logps(
 
     Without `with_entropy`, the entropies are [0].
     """
+    raise_in_forward_mode(logits)
     arguments = (logits, labels, ignore_index, group_name, with_entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
         logps, entropy, *_ = _LogitsLogps.apply(*arguments)
@@ -124,8 +125,8 @@ class _LogitsLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> Any:
-        grad_logits = None if grad_output is None else _logit_gradient(grad_output, *ctx.saved_tensors)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor | None, *_: None) -> Any:
+        grad_logits = None if grad_output is None else _logit_gradient(grad_output, *saved)
         return grad_logits, *(None,) * 4
 
 

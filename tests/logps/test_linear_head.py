@@ -330,13 +330,24 @@ def test_without_grad_mode_the_log_probs_are_the_same(requires_grad: str) -> Non
         torch.testing.assert_close(actual, expected.detach(), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
-def test_double_backward_raises(requires_grad: str) -> None:
+def test_double_backward_raises(requires_grad: str, power: int) -> None:
+    """With a power of 1, the gradient of the output is constant, and PyTorch's `once_differentiable` gives 0."""
     head = random_head(2, 5, 8, 30, requires_grad)
-    loss = head.sequence_logps(random_labels(2, 5, 30)).square().sum()
-    (gradient, *_) = torch.autograd.grad(loss, head.leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    loss = head.sequence_logps(random_labels(2, 5, 30)).pow(power).sum()
+    for gradient in torch.autograd.grad(loss, head.leaves, create_graph=True):
+        with pytest.raises(RuntimeError, match="first derivatives"):
+            gradient.sum().backward(retain_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp calls it
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_forward_mode_raises(name: str) -> None:
+    head, labels = random_head(2, 5, 8, 30, "bias"), random_labels(2, 5, 30)
+    x = getattr(head, name).detach()
+    with pytest.raises(RuntimeError, match="reverse mode"):
+        torch.func.jvp(lambda x: head._replace(**{name: x}).sequence_logps(labels), (x,), (x,))
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10**9])
@@ -406,13 +417,24 @@ def test_gradients_may_have_any_strides(backend: str, requires_grad: str) -> Non
     head, grad_output = random_head(6, 1, 8, 30, requires_grad), torch.arange(6.0)
     with tiled(backend, 40) as device:
         by_rows = head._replace(hidden=head.hidden.squeeze(1)).to(device, torch.float32)
+        bias, target_ids = torch.randn(30, 2, device=device), torch.arange(12, device=device)
         by_columns = Head(column_major(by_rows.hidden), column_major(by_rows.weight)).to(device, torch.float32)
         assert not by_columns.hidden.is_contiguous()
         of_rows, of_columns = (
-            gradients(linear_token_logps(head.hidden, head.weight, torch.arange(6, device=device)), head, grad_output)
-            for head in (by_rows, by_columns)
+            gradients(linear_token_logps(head.hidden, head.weight, target_ids, bias), head, grad_output)
+            for head, target_ids, bias in (
+                (by_rows, target_ids[::2].contiguous(), bias[:, 0].contiguous()),
+                (by_columns, target_ids[::2], bias[:, 0]),
+            )
         )
     torch.testing.assert_close(of_columns, of_rows)
+
+
+def test_meta_tensors_show_shapes() -> None:
+    hidden, weight, target_ids = (torch.empty(shape, device="meta") for shape in ((6, 4), (5, 4), (6,)))
+    logps = linear_token_logps(hidden.requires_grad_(), weight.requires_grad_(), target_ids.long())
+    assert logps.shape == (6,)
+    assert [gradient.shape for gradient in torch.autograd.grad(logps.sum(), (hidden, weight))] == [(6, 4), (5, 4)]
 
 
 @every_tiling

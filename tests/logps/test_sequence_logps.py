@@ -238,12 +238,17 @@ def test_infinite_logits_and_nan_give_what_log_softmax_gives(backend: str, logit
     torch.testing.assert_close(gradient.cpu(), *torch.autograd.grad(expected, on_cpu), equal_nan=True)
 
 
-def test_double_backward_raises() -> None:
-    logits = torch.randn(2, 4, 5, requires_grad=True)
-    loss = sequence_logps(logits, torch.randint(5, (2, 4))).square().sum()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp calls it
+@pytest.mark.parametrize("power", [1, 2])
+def test_double_backward_and_forward_mode_raise(power: int) -> None:
+    """With a power of 1, the gradient of the output is constant, and PyTorch's `once_differentiable` gives 0."""
+    logits, labels = torch.randn(2, 4, 5, requires_grad=True), torch.randint(5, (2, 4))
+    loss = sequence_logps(logits, labels).pow(power).sum()
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="first derivatives"):
         gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="reverse mode"):
+        torch.func.jvp(lambda x: sequence_logps(x, labels), (logits.detach(),), (logits.detach(),))
 
 
 def test_modifying_the_logits_before_backward_raises() -> None:

@@ -261,6 +261,18 @@ def test_the_second_derivative_treats_the_margin_as_a_constant(margin: AdaptiveM
     torch.testing.assert_close(second, 4 * w * (1 - w))  # beta**2 * sigmoid'(h - r)
 
 
+@every_margin
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp calls it
+def test_forward_mode_gives_the_gradient(margin: AdaptiveMargin) -> None:
+    inputs, tangents = random_logps(9), torch.randn(2, 9)
+    gradients = torch.autograd.grad(amapo_loss(*inputs, margin=margin).loss, inputs)
+    primals = tuple(x.detach() for x in inputs)
+    derivative = torch.func.jvp(lambda *x: amapo_loss(*x, margin=margin).loss, primals, (*tangents,))[1]
+    torch.testing.assert_close(derivative, (torch.stack(gradients) * tangents).sum())
+    with pytest.raises((ValueError, RuntimeError), match=r"forward mode|cannot run"):
+        torch.func.jvp(lambda *x: amapo_loss(*x, backend="triton").loss, primals, (*tangents,))
+
+
 @every_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_response_without_tokens_leaves_its_pair_out(loss_fn: OnBackend, reduction: Any) -> None:

@@ -92,6 +92,11 @@ AMAPO_OPTIONS: list[Case] = [
     ({"margin": LOGPS > 0}, TypeError, "margin must be an integer or floating tensor, got a tensor of torch.bool"),
     ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
     (
+        {"statistics": ScoreWindow},
+        TypeError,
+        "statistics must be ScoreStatistics or a callable estimator, got the class ScoreWindow",
+    ),
+    (
         {"process_group": "world"},
         TypeError,
         "process_group must be a torch.distributed group that this rank belongs to",

@@ -171,6 +171,32 @@ def test_a_window_of_another_size_loads_the_newest_scores(size: int, other_size:
     assert other.scores.tolist() == [*empty, *expected.tolist(), 100.0][1:]
 
 
+def test_a_window_may_be_built_while_a_model_is() -> None:
+    """Then the default dtype or the default device is that of the model. The window has its own."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            window = ScoreWindow(4)
+            AMaPOLoss(statistics=window).to_empty(device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert window(torch.tensor([1.0, 257.0], requires_grad=True)).mean == 129
+    assert window.scores.tolist() == [0, 0, 1, 257], "257 has too many digits for bfloat16"
+
+
+def test_a_window_that_moves_in_inference_mode_can_be_trained_with() -> None:
+    window = ScoreWindow(4)
+    with torch.inference_mode():
+        window(torch.empty(2, device="meta"))
+    window(torch.empty(2, device="meta", requires_grad=True))
+
+
+def test_a_window_ignores_scores_beyond_float32() -> None:
+    window = ScoreWindow(4)
+    window(torch.tensor([1.0, 1e39], dtype=torch.float64, requires_grad=True))
+    assert window(torch.tensor([3.0], requires_grad=True))[:2] == (2, 2**0.5)
+
+
 def test_the_scores_of_a_window_are_no_buffers() -> None:
     """`.to(torch.bfloat16)` would round buffers, and DDP would overwrite them with those of rank 0."""
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))

@@ -1,0 +1,64 @@
+"""What the autograd functions of the log-probs do not compute: second derivatives, and derivatives in forward mode.
+
+Both would be 0 without an error: an operator knows neither. Depends only on torch and the argument checks.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amapo_loss import _checks
+
+FIRST_ONLY = "log-probs have first derivatives in reverse mode only: for others, use log_softmax and gather"
+
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
+
+
+def raise_in_forward_mode(*inputs: Tensor | None) -> None:
+    """Raise if a derivative in forward mode is wanted, as under `torch.func.jvp`."""
+    if _checks.has_tangent(*inputs):
+        raise NotImplementedError(FIRST_ONLY)
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """Wrap a backward such that the derivative of its gradients raises.
+
+    PyTorch's decorator of this name raises only where the gradient of the output requires a gradient. For the sum of
+    the outputs it does not, and then the derivative with respect to the saved inputs would be 0.
+
+    Args:
+        backward: takes ctx, the saved tensors, and the gradients of the outputs. Tensors may be unpacked only once in a
+            checkpoint, so the decorator unpacks them.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *grad_outputs: Tensor | None) -> Gradients:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *grad_outputs)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        connected: Callable[..., Tensor] = _Gradient.apply
+        return tuple(None if x is None else connected(x, *grad_outputs, *saved) for x in gradients)
+
+    return wrapper
+
+
+class _Gradient(torch.autograd.Function):
+    """A gradient. Its backward, which raises, is reached from all that the gradient was computed from."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *_: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(FIRST_ONLY)
