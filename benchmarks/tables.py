@@ -304,7 +304,8 @@ def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> st
                 cells.append("")  # no loss, no score
                 continue
             values = seed_values(runs, name, metric_at(*keys)) * (1 if keys[-1] == "chosen log-prob" else 100)
-            cells.append(f"{values.mean():.1f} ({values.std():.1f})" if treatment else f"{values.mean():.1f}")
+            has_spread = treatment and len(values) > 1
+            cells.append(f"{values.mean():.1f} ({values.std():.1f})" if has_spread else f"{values.mean():.1f}")
         rows.append(cells)
     return markdown(("", "learning rate", *columns), rows)
 
@@ -327,6 +328,12 @@ PRETRAINED_OTHERS: dict[str, tuple[str, ...]] = {
     },
     "GSM8K pairs": ("further", "gsm8k_test", "accuracy"),
     "log-prob of right solutions": ("further", "gsm8k_test", "chosen log-prob"),
+}
+PRETRAINED_REASONING: dict[str, tuple[str, ...]] = {
+    "validation pairs": ("validation",),
+    "held-out pairs": ("held out",),
+    "by the loss's own score": ("held out, own score",),
+    "log-prob of right solutions": ("chosen log-prob",),
 }
 
 
@@ -465,6 +472,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-rate-ranking": partial(pretrained_table, EQUAL_RATE, PRETRAINED_RANKING),
     "equal-rate-others": partial(pretrained_table, EQUAL_RATE, PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
+    "pretrained-reasoning": partial(pretrained_table, "studies_pretrained/reasoning", PRETRAINED_REASONING),
     "reasoning-rates": partial(
         rates_table,
         "studies_tuned/reasoning",
