@@ -120,8 +120,9 @@ class AMaPOConfig(DPOConfig):
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out. The loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0
-            included, so that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
+            out of the loss, the statistics and the metrics. The loss is then the sum of weight times loss, divided by
+            the number of pairs, those of weight 0 included, so that a weight means the same in every micro-batch.
+            Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
             all tokens of the chosen responses, without those of pairs whose weight is 0. Other weights do not change
             it.

@@ -294,6 +294,9 @@ def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> st
     """
     study = load(study_file)
     runs = [Run.from_json(entry) for entry in study["runs"]]
+    pairs_by_source = study.get("held-out pairs by source", {})  # the key is missing in files of earlier versions
+    for run in runs:
+        run.metrics["authors"] = accuracy_by_author(run.metrics["sources"], pairs_by_source)
     rows = []
     for name in treatment_names(runs):
         treatment = study["treatments"].get(name)  # None: the checkpoint, which all seeds share
@@ -308,6 +311,24 @@ def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> st
             cells.append(f"{values.mean():.1f} ({values.std():.1f})" if has_spread else f"{values.mean():.1f}")
         rows.append(cells)
     return markdown(("", "learning rate", *columns), rows)
+
+
+def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) -> dict[str, float]:
+    """Return the accuracy on pairs of solutions whose right one a human has written, and on those of models alone.
+
+    Args:
+        accuracies: for each source, "author of the right solution against author of the wrong one".
+        num_pairs: for each source, its number of pairs.
+    """
+    by_author: dict[str, list[str]] = {"human": [], "model": []}
+    for source in num_pairs:
+        by_author["human" if source.startswith("ground_truth against") else "model"].append(source)
+    return {
+        author: sum(num_pairs[source] * accuracies[source] for source in sources)
+        / sum(num_pairs[source] for source in sources)
+        for author, sources in by_author.items()
+        if sources
+    }
 
 
 EQUAL_RATE = "sizes/SmolLM2-135M-Instruct/gradient-flow"
@@ -332,7 +353,9 @@ PRETRAINED_OTHERS: dict[str, tuple[str, ...]] = {
 PRETRAINED_REASONING: dict[str, tuple[str, ...]] = {
     "validation pairs": ("validation",),
     "held-out pairs": ("held out",),
-    "by the loss's own score": ("held out, own score",),
+    "of a human's right solution": ("authors", "human"),
+    "of models' solutions alone": ("authors", "model"),
+    "all held-out pairs, by the loss's own score": ("held out, own score",),
     "log-prob of right solutions": ("chosen log-prob",),
 }
 

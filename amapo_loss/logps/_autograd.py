@@ -1,6 +1,6 @@
 """What the autograd functions of the log-probs do not compute: second derivatives, and derivatives in forward mode.
 
-Both would be 0 without an error: an operator knows neither. Depends only on torch and the argument checks.
+Without these checks, both would be 0 without an error. Depends only on torch and the argument checks.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
 from benchmarks.studies.data import name_of
-from benchmarks.studies.evaluation import BANDS, indices_in_band
+from benchmarks.studies.evaluation import BANDS, indices_by_source, indices_in_band
 from benchmarks.studies.jobs import Settings, load, new_model
 from benchmarks.studies.report import draw_tuning, print_table, print_tuning, tabulate
 from benchmarks.studies.studies import STUDIES
@@ -335,6 +335,9 @@ def run_study(
         "problems": {group: len(prompts) for group, prompts in data.problems.items()},
         "held-out pairs by confidence": {
             band: len(indices_in_band(data.corpus.held_out, bounds)) for band, bounds in BANDS.items()
+        },
+        "held-out pairs by source": {
+            source: len(indices) for source, indices in indices_by_source(data.corpus.held_out).items()
         },
         "texts cut": data.num_truncated,
         "treatments": {treatment: asdict(fields) for treatment, fields in result.treatments.items()},

@@ -181,3 +181,10 @@ def test_tables_are_those_of_the_committed_results() -> None:
         assert tables.with_tables(text) == text, f"run `make tables`: {page.name} differs from benchmarks/results"
         used |= {name for _, name, _ in tables.MARKED.findall(text)}
     assert used == set(tables.TABLES)
+
+
+def test_the_accuracy_by_author_counts_pairs_and_not_sources() -> None:
+    accuracies = {"ground_truth against a": 0.5, "ground_truth against b": 1.0, "a against b": 0.25}
+    num_pairs = {"ground_truth against a": 6, "ground_truth against b": 2, "a against b": 4}
+    assert tables.accuracy_by_author(accuracies, num_pairs) == {"human": 5 / 8, "model": 0.25}
+    assert tables.accuracy_by_author(accuracies, {"a against b": 4}) == {"model": 0.25}
