@@ -6,6 +6,9 @@ RUN := .venv/bin/python -m
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --maxprocesses 8
 PACKAGES := amapo_loss kernels benchmarks tests
 
+# The folder of the results of a benchmark. Those in benchmarks/results are committed, and `make tables` reads them.
+export RESULTS ?= build/results
+
 VERSIONS ?= 1.0.0 1.9.0 1.14.1 1.15.0
 TORCH ?= 2.8.0 2.9.1 2.10.0 2.11.0 2.15.0
 TESTS ?= tests/loss tests/logps
@@ -14,7 +17,7 @@ STUDIES := ranking ablation batch-size gradient-flow composition perplexity orac
 # Without these settings, glibc gives large tensors back to the system and requests them again in each step, which takes
 # a third of the run time.
 STUDY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(RUN) benchmarks.studies
-SIZES := benchmarks/results/sizes
+SIZES = $(RESULTS)/sizes
 RATES ?= 1e-3 3e-3 1e-2 3e-2
 EXTRA_FILES = $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(if $(ALSO_EVAL),--also-eval $(ALSO_EVAL))
 LANGUAGE_MODEL = $(if $(MODEL),--model "$(MODEL)" --learning-rate $(RATES))
@@ -61,7 +64,7 @@ figures: .venv/ready  ## Draw the margins of the two formulas, and the margins a
 	$(RUN) benchmarks.figures.formulas
 	$(RUN) benchmarks.figures.losses
 
-tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files of the benchmarks.
+tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files in benchmarks/results.
 	$(RUN) benchmarks.tables
 
 pretrained: .venv/ready  ## Write the language model SmolLM2-135M-Instruct into build/, which the studies take with MODEL=.

@@ -102,7 +102,7 @@ def training_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="JSON file to write; the picture is written beside it (default: a file in benchmarks/results)",
+        help="JSON file to write; the picture is written beside it (default: a file in build/results)",
     )
     return parser
 

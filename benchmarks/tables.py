@@ -18,7 +18,7 @@ from benchmarks.studies.report import format_rate, metric_at, seed_values, treat
 from benchmarks.studies.sweep import Run
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+COMMITTED_RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
@@ -36,7 +36,7 @@ def with_tables(text: str) -> str:
 
 def load(name: str) -> dict[str, Any]:
     """Return the content of a JSON file in the results folder."""
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    result: dict[str, Any] = json.loads((COMMITTED_RESULTS / f"{name}.json").read_text())
     return result
 
 

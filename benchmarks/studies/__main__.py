@@ -204,7 +204,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the JSON files and pictures (default: benchmarks/results/studies, or "
+        help="folder of the JSON files and pictures (default: build/results/studies, or "
         "studies_own with --data, or studies_pretrained with --model)",
     )
     parser.add_argument(

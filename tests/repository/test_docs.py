@@ -178,7 +178,7 @@ def test_tables_are_those_of_the_committed_results() -> None:
     used = set()
     for page in tables.PAGES:
         text = page.read_text()
-        assert tables.with_tables(text) == text, f"run `make tables`: {page.name} differs from benchmarks/results"
+        assert tables.with_tables(text) == text, f"run `make tables`: {page.name} differs from the committed results"
         used |= {name for _, name, _ in tables.MARKED.findall(text)}
     assert used == set(tables.TABLES)
 
