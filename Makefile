@@ -116,7 +116,7 @@ help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z$$].*:.*## / { sub(/^\$$\(STUDIES\)/, "STUDY", $$1); printf "%-11s %s\n", $$1, $$2 }' Makefile
 	@echo "STUDY is one of: $(STUDIES)."
 
-clean:  ## Delete the environment and all build products.
+clean:  ## Delete the environment and all build products, also the results in build/.
 	rm -rf .venv build dist *.egg-info
 
 .venv/ready: pyproject.toml constraints.txt

@@ -146,7 +146,7 @@ class ScoreWindow(nn.Module):
     scores: Tensor
     """[size] float32, the newest scores in their order, behind zeros if there are fewer than `size`."""
     seen: Tensor
-    """0-dim int64, the number of finite scores since the last reset, or since another size was loaded."""
+    """0-dim int64, the number of scores to store that came since the last reset, or since another size was loaded."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

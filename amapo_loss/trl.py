@@ -120,7 +120,7 @@ class AMaPOConfig(DPOConfig):
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out of the loss, the statistics and the metrics. The loss is then the sum of weight times loss, divided by
+            out of this loss, its statistics and its metrics. The loss is then the sum of weight times loss, divided by
             the number of pairs, those of weight 0 included, so that a weight means the same in every micro-batch.
             Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
@@ -414,9 +414,13 @@ class AMaPOTrainer(DPOTrainer):
         inputs = inputs | self._reference_logps(inputs)
         trl_inputs = self._without_columns(inputs)
         if self.args.sft_weight:
-            mask, counted = inputs["completion_mask"], self._has_sft_tokens(inputs)
-            # Where no pair counts, TRL gets all of them, because its metrics are averages over tokens, too.
+            mask = inputs["completion_mask"]
+            counted = has_tokens = mask[:, 1:].sum(1).chunk(2)[0] > 0
+            if "weights" in inputs:
+                counted = counted & (inputs["weights"].to(counted.device) != 0)
+            # Where no pair counts, TRL gets all of them with the weight 0: averages over no tokens would be NaN.
             trl_inputs["completion_mask"] = torch.where(counted.any(), mask * counted.repeat(2).unsqueeze(1), mask)
+            self.loss_weights = [self.args.sft_weight * counted.any()]
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             trl_result = super()._compute_loss(recording_model, trl_inputs, return_outputs)
@@ -424,14 +428,9 @@ class AMaPOTrainer(DPOTrainer):
             self.precompute_ref_logps = precomputed
         trl_loss, *trl_outputs = trl_result if return_outputs else (trl_result,)
         if self.args.sft_weight:
-            trl_loss = torch.where(counted.any(), trl_loss, 0)  # TRL's average over no tokens is NaN
+            trl_loss = torch.where(has_tokens.any(), trl_loss, 0)  # NaN if there are no tokens at all
         loss = self._amapo_loss(logps[0], inputs) + trl_loss
         return (loss, *trl_outputs) if return_outputs else loss
-
-    def _has_sft_tokens(self, inputs: dict[str, Any]) -> Tensor:
-        """Return which pairs [B] have a weight other than 0 and tokens in the chosen response."""
-        counted: Tensor = inputs["completion_mask"][:, 1:].sum(1).chunk(2)[0] > 0
-        return counted & (inputs["weights"].to(counted.device) != 0) if "weights" in inputs else counted
 
     def _reference_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the summed reference log-probs under TRL's names for precomputed ones.

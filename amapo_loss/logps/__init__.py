@@ -92,7 +92,8 @@ def sequence_logps(
             fails); if logits that are a DTensor are not sharded on V over a mesh of one dimension, or its ranks have
             different labels.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`.
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp` (not
+            inside `torch.compile`, where such a derivative is 0).
 
     Example:
         >>> import torch
@@ -332,9 +333,9 @@ def linear_token_logps(
             ZeRO-3; if a DTensor has other placements than above, or if `vocab_group` is given in addition; if the ranks
             of a split vocabulary have different targets; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`. With
-            gloo, if another rank of the split vocabulary does not take part before the timeout of the group; NCCL's
-            watchdog ends the process instead.
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp` (not
+            inside `torch.compile`, where such a derivative is 0). With gloo, if another rank of the split vocabulary
+            does not take part before the timeout of the group; NCCL's watchdog ends the process instead.
 
     Example:
         >>> import torch

@@ -1,6 +1,7 @@
 """What the autograd functions of the log-probs do not compute: second derivatives, and derivatives in forward mode.
 
-Without these checks, both would be 0 without an error. Depends only on torch and the argument checks.
+Without these checks, both would be 0 without an error. torch.compile cannot trace the checks, and has no second
+derivatives of its own. Depends only on torch and the argument checks.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ Backward = Callable[..., Gradients]
 
 
 def raise_in_forward_mode(*inputs: Tensor | None) -> None:
-    """Raise if a derivative in forward mode is wanted, as under `torch.func.jvp`."""
+    """Raise if a derivative in forward mode is wanted, as under `torch.func.jvp`. Under torch.compile, do nothing."""
     if _checks.has_tangent(*inputs):
         raise NotImplementedError(FIRST_ONLY)
 
@@ -53,7 +54,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, *_: Tensor | None) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient.clone()  # and not a view, which could not be modified in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -62,3 +63,27 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise NotImplementedError(FIRST_ONLY)
+
+
+def with_anchor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x, and an empty tensor in its graph that `once_differentiable` can save in its place.
+
+    Both are outputs of one function. An empty part of x would give x a second gradient, which is None, and compiled
+    autograd fails to add it.
+    """
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]] = _WithAnchor.apply
+    return apply(x)
+
+
+class _WithAnchor(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Any:
+        return x.view_as(x), x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
+        return gradient

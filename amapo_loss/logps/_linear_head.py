@@ -34,7 +34,7 @@ from torch import Tensor
 
 from amapo_loss._checks import accumulation_dtype, autocasts
 from amapo_loss.logps import _online_lse
-from amapo_loss.logps._autograd import once_differentiable, raise_in_forward_mode
+from amapo_loss.logps._autograd import once_differentiable, raise_in_forward_mode, with_anchor
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 from amapo_loss.logps._vocab_parallel import merge_ranks, sum_ranks, vocab_shard
 
@@ -75,7 +75,8 @@ def linear_logps(
     if trainable or needs_conversion:
         logps, entropy, *_ = _TrainableHead.apply(*arguments, keep_bytes)
     else:
-        logps, entropy, *_ = _FrozenHead.apply(*arguments, hidden[:0].clone())
+        hidden, anchor = with_anchor(hidden)
+        logps, entropy, *_ = _FrozenHead.apply(hidden, *arguments[1:], anchor)
     return logps, entropy
 
 
@@ -148,8 +149,7 @@ def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class _FrozenHead(torch.autograd.Function):
     """Saves the factors and directions of the gradients, and neither the hidden states nor the weight.
 
-    The last input is an empty tensor in the graph of the hidden states. It is saved in their place, for
-    `once_differentiable`.
+    The last input is the anchor of the hidden states, which is saved in their place for `once_differentiable`.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor | None, *_: None) -> Any:
         if grad_output is None:
             return (None,) * 10
-        factor, direction, _in_graph = saved
+        factor, direction, _anchor = saved
         # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
         # backward pass through the same graph needs `direction` again.
         grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures.sizes
 
-Each folder of benchmarks/results/sizes has the results of the study gradient-flow for one model. The command prints a
+Each folder of build/results/sizes has the results of the study gradient-flow for one model. The command prints a
 table, writes JSON and draws a picture.
 
 Depends on torch, matplotlib, rich, benchmarks.record, and on benchmarks.studies.

@@ -154,6 +154,13 @@ def test_the_auxiliary_loss_of_a_mixture_of_experts_is_added(tmp_path: Path) -> 
     assert log["aux_loss"] == pytest.approx(auxiliary_loss.item(), rel=1e-4)
     assert log["loss"] == pytest.approx((expected + 0.1 * auxiliary_loss).item(), rel=1e-4)
 
+    dataset = pairs().add_column("importance", [0.0] * len(pairs()))
+    columns = {"train_dataset": dataset, "weight_column": "importance", "sft_weight": 0.3}
+    trainer = make_trainer(tmp_path, tiny_mixtral(), max_steps=1, router_aux_loss_coef=0.1, **columns)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(0.1 * log["aux_loss"], rel=1e-4), "no pair counts, and the auxiliary loss stays"
+
 
 @pytest.mark.parametrize("reference_free", [True, False])
 def test_a_vision_language_model_trains_on_pairs_with_images(tmp_path: Path, reference_free: bool) -> None:

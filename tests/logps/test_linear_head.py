@@ -430,6 +430,17 @@ def test_gradients_may_have_any_strides(backend: str, requires_grad: str) -> Non
     torch.testing.assert_close(of_columns, of_rows)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler raises many warnings about itself
+@pytest.mark.parametrize("requires_grad", ["hidden", "hidden weight"])
+def test_compiled_autograd_gives_the_same_gradients(requires_grad: str) -> None:
+    head, labels = random_head(2, 5, 8, 30, requires_grad), random_labels(2, 5, 30)
+    expected = gradients(head.sequence_logps(labels), head, torch.ones(2))
+    compiler = partial(torch.compile, backend="eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        head.sequence_logps(labels).sum().backward()
+    torch.testing.assert_close([leaf.grad for leaf in head.leaves], expected)
+
+
 def test_meta_tensors_show_shapes() -> None:
     hidden, weight, target_ids = (torch.empty(shape, device="meta") for shape in ((6, 4), (5, 4), (6,)))
     logps = linear_token_logps(hidden.requires_grad_(), weight.requires_grad_(), target_ids.long())
