@@ -5,14 +5,12 @@ The names in `__all__` and the module `amapo_loss.trl` are the public interface.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 if find_spec("amapo_loss.kernels") is None:
-    # In a checkout, the kernels are in a folder next to this one. Without this error, the imports below would raise one
-    # about a circular import.
-    raise ImportError(
-        f"amapo_loss was imported from a checkout that is not installed ({__path__[0]}): "
-        "run `pip install .` in the folder above it"
-    )
+    # Python was started in a checkout, and imports this folder in place of an installed package. The kernels are in the
+    # folder next to it.
+    __path__.append(str(Path(__path__[0]).parent))
 
 from amapo_loss.diagnostics import Diagnostics
 from amapo_loss.functional import AMaPOOutput, amapo_loss, dpo_loss, simpo_loss
