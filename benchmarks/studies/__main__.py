@@ -8,7 +8,7 @@
 
 Each study prints a table, writes a JSON file with the table and with every run, and draws a picture. If a study is
 interrupted, the same command continues it. With `--redraw`, the command rebuilds table and picture from the JSON file
-without running anything. The variable RESULTS=benchmarks/results takes the committed files.
+without running anything. With RESULTS=benchmarks/results in the environment, that is the committed file.
 """
 
 import argparse

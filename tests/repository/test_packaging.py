@@ -114,6 +114,17 @@ def test_a_checkout_can_be_imported_although_its_kernels_are_in_another_folder(t
     assert "agrees" in run(python, "-m", "amapo_loss", PYTHONPATH=path)
 
 
+def test_the_package_can_be_imported_in_a_pytorch_without_distributed() -> None:
+    """Such a build has the module torch.distributed, but no collectives in it."""
+    code = """
+import torch.distributed as dist
+for name in ("all_gather_single", "all_gather_into_tensor"):
+    vars(dist).pop(name, None)
+import amapo_loss
+"""
+    run(sys.executable, "-c", code)
+
+
 def test_the_loss_needs_no_package_but_torch() -> None:
     """The loss runs although the import of every other package that it could use fails."""
     unavailable = ("triton", "trl", "transformers", "numpy", "hypothesis", "pytest", "matplotlib", "rich")
