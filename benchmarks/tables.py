@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.losses import LOSSES
 from benchmarks.studies.report import format_rate, metric_at, seed_values, treatment_names
-from benchmarks.studies.sweep import Run
+from benchmarks.studies.sweep import Run, tuned_accuracy
 
 ROOT = Path(__file__).parents[1]
 COMMITTED_RESULTS = ROOT / "benchmarks" / "results"
@@ -408,7 +408,7 @@ def rates_table(study: str, names: dict[str, str]) -> str:
     rates = dict.fromkeys(entry["learning rate"] for entry in entries)
     by_loss = rows_by(entries, "loss", "learning rate")
     rows = (
-        (name, *(f"{100 * by_loss[loss, rate]['validation']:.1f}" for rate in rates)) for loss, name in names.items()
+        (name, *(f"{100 * tuned_accuracy(by_loss[loss, rate]):.1f}" for rate in rates)) for loss, name in names.items()
     )
     return markdown(("", *map(format_rate, rates)), rows)
 

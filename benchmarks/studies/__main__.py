@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.record import RESULTS, write_json, write_picture, write_record
-from benchmarks.studies.data import name_of
+from benchmarks.studies.data import count_trained_prompts, name_of
 from benchmarks.studies.evaluation import BANDS, indices_by_source, indices_in_band
 from benchmarks.studies.jobs import Settings, load, new_model
 from benchmarks.studies.report import draw_tuning, print_table, print_tuning, tabulate
@@ -325,6 +325,12 @@ def run_study(
                 f"{num_truncated} of {len(data.texts[group].tokens)} texts ({group}) are longer than "
                 f"--max-prompt {settings.max_prompt} or --max-answer {settings.max_answer} and are truncated"
             )
+    trained_prompts = count_trained_prompts(data.corpus, settings.imitation_steps > 0)
+    for group, count in trained_prompts.items():
+        if count:
+            console.print(
+                f"{count} entries of the evaluation ({group}) have a prompt that is trained on, with other answers"
+            )
     result = sweep(settings, study.treatments, seeds, workers, args.store, args.device, args.learning_rates)
     runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
@@ -340,6 +346,7 @@ def run_study(
             source: len(indices) for source, indices in indices_by_source(data.corpus.held_out).items()
         },
         "texts cut": data.num_truncated,
+        "entries of the evaluation with a prompt of training": trained_prompts,
         "treatments": {treatment: asdict(fields) for treatment, fields in result.treatments.items()},
         TUNING: result.tuning,
         "runs": [run.to_json() for run in runs],

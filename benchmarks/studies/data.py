@@ -245,6 +245,20 @@ def split_off_validation(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     return train, [pair for pair in pairs if pair.prompt in validation_prompts]
 
 
+def count_trained_prompts(corpus: Corpus, with_imitation: bool) -> dict[str, int]:
+    """Return how many entries of each group of the evaluation have a prompt that the model is also trained on.
+
+    Args:
+        corpus: the pairs.
+        with_imitation: whether the model is trained on the demonstrations, too.
+    """
+    trained = {pair.prompt for pair in corpus.train}
+    if with_imitation:
+        trained |= {prompt for prompt, _ in corpus.demonstrations}
+    groups: dict[str, Sequence[Pair | StyledPair]] = {"held out": corpus.held_out, **corpus.further, **corpus.styled}
+    return {name: sum(entry.prompt in trained for entry in entries) for name, entries in groups.items()}
+
+
 def both_answers(pairs: list[Pair]) -> list[tuple[str, str]]:
     """Return (prompt, chosen) of all pairs, followed by (prompt, rejected) of all pairs."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]

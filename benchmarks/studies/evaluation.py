@@ -4,6 +4,7 @@ Depends on torch, and on data.py, harness.py and models.py.
 """
 
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from benchmarks.studies.models import Texts
 BANDS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.01)}
 
 
+class RankedCorrectly(NamedTuple):
+    """Which pairs a model ranks correctly."""
+
+    by_logp: Tensor  # [N] bool
+    by_own_score: Tensor  # [N] bool
+
+
 def evaluate(
     treatment: Treatment,
     corpus: Corpus,
@@ -24,34 +32,44 @@ def evaluate(
     policy: dict[str, AnswerLogps],
     ref: dict[str, AnswerLogps],
 ) -> Metrics:
-    """Return how a model ranks the validation pairs, the held-out pairs and the styled pairs.
+    """Return how a model ranks the validation pairs, the held-out pairs, and those of the other files.
 
     A pair is ranked correctly if the chosen answer has the higher average log-prob. The metrics named "own score" rank
-    by the implicit rewards of the treatment's loss instead.
+    by the implicit rewards of the treatment's loss instead. Identical answers, which truncation makes, count as
+    misranked, because rounding would otherwise decide between them.
 
     Args:
         treatment: the loss that the model was trained with.
         corpus: the pairs.
-        texts: the tensors of the styled pairs, by name.
-        policy: log-probs and lengths under the model, for "validation", "held out" and the name of each other file.
+        texts: the tensors of "validation", "held out" and each other file, by its name.
+        policy: log-probs and lengths under the model, with the same keys.
         ref: the same under the reference.
     """
+    results = {
+        name: ranked_correctly(treatment, texts[name], policy[name], ref[name])
+        for name in ("validation", "held out", *corpus.further)
+    }
+    validation, held_out = results["validation"], results["held out"]
     ranking = as_pairs(*policy["held out"]).ranking()
-    is_correct = (ranking > 0).double()
-    pairs = corpus.held_out
-    chosen_rewards, rejected_rewards = treatment.rewards(*policy["held out"], ref["held out"][0]).chunk(2)
+    pairs, sources = corpus.held_out, indices_by_source(corpus.held_out)
     metrics: Metrics = {
-        "validation": accuracy(policy["validation"]),
-        "held out": is_correct.mean().item(),
-        "held out, own score": (chosen_rewards > rejected_rewards).double().mean().item(),
+        "validation": share_of(validation.by_logp),
+        "validation, own score": share_of(validation.by_own_score),
+        "held out": share_of(held_out.by_logp),
+        "held out, own score": share_of(held_out.by_own_score),
         "ranking mean": ranking.mean().item(),
         "ranking std": ranking.std().item(),
         "chosen log-prob": chosen_logp(policy["held out"]),
-        "bands": {name: mean_at(is_correct, indices_in_band(pairs, band)) for name, band in BANDS.items()},
-        "sources": {source: mean_at(is_correct, indices) for source, indices in indices_by_source(pairs).items()},
+        "bands": {name: share_of(held_out.by_logp, indices_in_band(pairs, band)) for name, band in BANDS.items()},
+        "sources": {source: share_of(held_out.by_logp, indices) for source, indices in sources.items()},
+        "sources, own score": {source: share_of(held_out.by_own_score, indices) for source, indices in sources.items()},
         "correlations": confidence_correlations(policy["held out"], pairs),
         "further": {
-            name: {"accuracy": accuracy(policy[name]), "chosen log-prob": chosen_logp(policy[name])}
+            name: {
+                "accuracy": share_of(results[name].by_logp),
+                "own score": share_of(results[name].by_own_score),
+                "chosen log-prob": chosen_logp(policy[name]),
+            }
             for name in corpus.further
         },
         "styles": {},
@@ -65,9 +83,24 @@ def evaluate(
     return metrics
 
 
-def accuracy(answers: AnswerLogps) -> float:
-    """Return the share of pairs that are ranked correctly by the average log-prob."""
-    return (as_pairs(*answers).ranking() > 0).double().mean().item()
+def ranked_correctly(treatment: Treatment, texts: Texts, policy: AnswerLogps, ref: AnswerLogps) -> RankedCorrectly:
+    """Return which pairs a model ranks correctly, by the two measures of `evaluate`.
+
+    Args:
+        treatment: the loss that the model was trained with.
+        texts: the chosen answers, followed by the rejected ones.
+        policy: log-probs and lengths of these texts under the model.
+        ref: the same under the reference.
+    """
+    sums, lengths = policy
+    chosen_labels, rejected_labels = texts.labels.chunk(2)
+    differ = (chosen_labels != rejected_labels).any(1)
+
+    def is_higher(scores: Tensor) -> Tensor:
+        chosen, rejected = scores.chunk(2)
+        return (chosen > rejected) & differ
+
+    return RankedCorrectly(is_higher(sums / lengths), is_higher(treatment.rewards(sums, lengths, ref[0])))
 
 
 def chosen_logp(answers: AnswerLogps) -> float:
@@ -75,9 +108,10 @@ def chosen_logp(answers: AnswerLogps) -> float:
     return (answers[0] / answers[1]).chunk(2)[0].mean().item()
 
 
-def mean_at(values: Tensor, indices: list[int]) -> float | None:
-    """Return the mean of the values [N] at these indices, or None if there are no indices."""
-    return values[indices].mean().item() if indices else None
+def share_of(is_true: Tensor, indices: list[int] | None = None) -> float | None:
+    """Return the share of True among [N] bool, or among those at the indices. It is None if there are none of them."""
+    selected = is_true if indices is None else is_true[indices]
+    return selected.double().mean().item() if len(selected) else None
 
 
 def indices_in_band(pairs: list[Pair], band: tuple[float, float]) -> list[int]:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 import amapo_loss
+from amapo_loss import kernels
 from benchmarks.record import version_of, write_tensors, write_whole
 from benchmarks.studies.arithmetic import arithmetic_problems, own_mistakes, own_pairs, share_solved, solve
 from benchmarks.studies.data import Corpus, both_answers, file_corpus, generated_corpus
-from benchmarks.studies.evaluation import accuracy, chosen_logp, evaluate, training_metrics
+from benchmarks.studies.evaluation import chosen_logp, evaluate, ranked_correctly, share_of, training_metrics
 from benchmarks.studies.harness import AnswerLogps, Optimization, Treatment, all_logps, imitate, prefer
 from benchmarks.studies.models import (
     BYTES,
@@ -144,8 +145,10 @@ def perform_job(
         train, ref, state_path = data.texts["train"], checkpoint["logps"], path.with_suffix(".state")
         trace = prefer(model, job.treatment, train, ref["train"], optimization, job.seed, "", state_path, advance)
         if job.only_validate:
-            validated = all_logps(model, data.texts["validation"])
-            metrics = {"validation": accuracy(validated), "chosen log-prob": chosen_logp(validated)}
+            texts = data.texts["validation"]
+            policy = all_logps(model, texts)
+            ranked = ranked_correctly(job.treatment, texts, policy, ref["validation"])
+            metrics = {"validation, own score": share_of(ranked.by_own_score), "chosen log-prob": chosen_logp(policy)}
         else:
             metrics = evaluate(job.treatment, data.corpus, data.texts, evaluation_logps(model, data), ref)
         metrics |= training_metrics(trace)
@@ -276,7 +279,9 @@ def store_key(settings: Settings, job: Job, device: str) -> str:
     paths = [settings.data, settings.eval, *settings.rm_bench, *settings.also_eval, settings.model]
     numbers = asdict(replace(settings, data=None, eval=None, rm_bench=(), also_eval=(), model=None))
     treatment_fields = asdict(treatment) if treatment else None
-    inputs: list[Any] = [numbers, treatment_fields, seed, job.only_validate, device, torch.__version__, code_digest()]
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    versions = [torch.__version__, version_of("transformers") if settings.model else None]
+    inputs: list[Any] = [numbers, treatment_fields, seed, job.only_validate, where, versions, code_digest()]
     inputs += [(path.name, path_digest(path)) if path else None for path in paths]
     return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()[:16]
 
@@ -296,14 +301,18 @@ def path_digest(path: Path) -> str:
 
 @cache
 def code_digest() -> str:
-    """Return a digest of the code that computes a run: the library without its trainer, and `RUN_MODULES`.
+    """Return a digest of the code that computes a run, see `run_files`.
 
     Comments, docstrings and the layout of the code do not count, so a run survives their change.
     """
-    package, folder = Path(amapo_loss.__file__).parent, Path(__file__).parent
-    library = {*package.rglob("*.py")} - {package / "trl.py", package / "__main__.py"}
-    paths = [*sorted(library), *(folder / f"{name}.py" for name in RUN_MODULES)]
-    return hashlib.sha256("".join(dump_code(path.read_text()) for path in paths).encode()).hexdigest()
+    return hashlib.sha256("".join(dump_code(path.read_text()) for path in run_files()).encode()).hexdigest()
+
+
+def run_files() -> list[Path]:
+    """Return the files that compute a run: the library without its trainer, the kernels, and `RUN_MODULES`."""
+    package, kernel_folder, folder = (Path(file).parent for file in (amapo_loss.__file__, kernels.__file__, __file__))
+    library = {*package.rglob("*.py"), *kernel_folder.glob("*.py")} - {package / "trl.py", package / "__main__.py"}
+    return [*sorted(library), *(folder / f"{name}.py" for name in RUN_MODULES)]
 
 
 def dump_code(source: str) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.studies.harness import Metrics
-from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run, best_entries
+from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, TUNED_ACCURACY, Run, best_entries
 
 # A column of the table maps the metrics of a run to a number, or to None if the run has no such number.
 Column = Callable[[Metrics], float | None]
@@ -26,9 +26,13 @@ Column = Callable[[Metrics], float | None]
 Summary = tuple[float, float | None] | None
 PERCENT_COLUMNS = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # beginnings of their names
 TUNED_QUANTITIES = {  # keys of an entry of a tuning: the caption of its table and the label of its axis
-    "validation": (
-        "accuracy on the validation pairs in percent, after one run with each rate",
-        "validation pairs\nranked correctly",
+    TUNED_ACCURACY: (
+        "accuracy on the validation pairs by the loss's own score in percent, after one run with each rate",
+        "validation pairs ranked correctly\nby the loss's own score",
+    ),
+    "validation": (  # in files of earlier versions, in place of the other accuracy
+        "accuracy on the validation pairs by the average log-prob in percent, after one run with each rate",
+        "validation pairs ranked correctly\nby the average log-prob",
     ),
     "chosen log-prob": (
         "log-prob of the chosen answers of the validation pairs, nats per token, after these runs",

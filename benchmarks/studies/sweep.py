@@ -24,6 +24,7 @@ from benchmarks.studies.harness import Metrics, Treatment
 from benchmarks.studies.jobs import Job, Settings, load, perform_job, result_path, with_activations
 
 IMITATION = "imitation alone"  # the name of the checkpoints among the treatments
+TUNED_ACCURACY = "validation, own score"  # the metric that a learning rate is chosen by
 BATCH_ACCURACY = "accuracy of each batch before its step"  # the name of a training curve among the results of a tuning
 PROGRESS_COLUMNS = (
     TextColumn("{task.description}"),
@@ -140,8 +141,8 @@ def tune(
 ) -> tuple[dict[str, Treatment], list[dict[str, Any]]]:
     """Choose a learning rate for each `tuning_group` on the validation pairs.
 
-    The first treatment of a group in the study is trained once with each rate. The rate with the highest accuracy wins,
-    or the smallest of several that are equal. All treatments of the group take it.
+    The first treatment of a group in the study is trained once with each rate. The rate with the highest accuracy by
+    the loss's own score wins, or the smallest of several that are equal. All treatments of the group take it.
 
     Args:
         treatments: the treatments, by name.
@@ -159,7 +160,7 @@ def tune(
     found = perform([Job(replace(first[group], learning_rate=rate), seed, True) for group, rate in tried])
     entries = [
         {"loss": group, "learning rate": rate}
-        | {name: metrics[name] for name in ("validation", "chosen log-prob")}
+        | {name: metrics[name] for name in (TUNED_ACCURACY, "chosen log-prob")}
         | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
         for (group, rate), metrics in zip(tried, found)
     ]
@@ -172,9 +173,15 @@ def best_entries(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the entry of a tuning with the highest accuracy for each loss, or that of the smallest rate of several."""
     best: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda entry: entry["learning rate"]):
-        if entry["validation"] > best.setdefault(entry["loss"], entry)["validation"]:
+        if tuned_accuracy(entry) > tuned_accuracy(best.setdefault(entry["loss"], entry)):
             best[entry["loss"]] = entry
     return best
+
+
+def tuned_accuracy(entry: dict[str, Any]) -> float:
+    """Return the accuracy of an entry of a tuning. Files of earlier versions have only that by the average log-prob."""
+    accuracy: float = entry[TUNED_ACCURACY if TUNED_ACCURACY in entry else "validation"]
+    return accuracy
 
 
 def tuning_group(treatment: Treatment) -> str:

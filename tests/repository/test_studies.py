@@ -21,8 +21,11 @@ from amapo_loss import AdaptiveMargin
 from benchmarks.studies import __main__ as command
 from benchmarks.studies import studies
 from benchmarks.studies.data import (
+    Corpus,
     Pair,
+    StyledPair,
     both_answers,
+    count_trained_prompts,
     file_corpus,
     generated_corpus,
     read_pairs,
@@ -35,6 +38,8 @@ from benchmarks.studies.evaluation import (
     identical_answers,
     indices_by_source,
     indices_in_band,
+    ranked_correctly,
+    share_of,
     spearman,
     style_accuracies,
     training_metrics,
@@ -52,10 +57,10 @@ from benchmarks.studies.harness import (
     prefer,
     shuffled_batches,
 )
-from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, store_key
+from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, run_files, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import draw_tuning, format_summary, metric_at, tabulate
-from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, Run, start_workers, sweep
+from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, TUNED_ACCURACY, Run, start_workers, sweep
 from tests.support.studies import ROOT, command_line, run_command
 
 RM_BENCH_ENTRY = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"]}
@@ -124,6 +129,15 @@ def test_training_and_validation_share_no_prompt() -> None:
         split_off_validation([Pair("a", "b", "c"), Pair("a", "d", "e")])
 
 
+@pytest.mark.parametrize(("with_imitation", "count"), [(False, 1), (True, 2)])
+def test_prompts_of_the_evaluation_that_are_trained_on_are_counted(with_imitation: bool, count: int) -> None:
+    styled = [StyledPair(prompt, ("a", "b", "c"), ("d", "e", "f")) for prompt in ("trained", "demonstrated", "new")]
+    trained, held_out = Pair("trained", "g", "h"), Pair("new", "i", "j")
+    corpus = Corpus([("demonstrated", "g")], [trained], [], [held_out], {"styled": styled}, {"further": [trained] * 2})
+    counts = count_trained_prompts(corpus, with_imitation)
+    assert counts == {"held out": 0, "further": 2, "styled": count}
+
+
 def test_rm_bench_accuracies_equal_a_computation_by_hand() -> None:
     """The chosen answers of the first prompt score 1, 2, 3 and its rejected answers 0, 2, 4.
 
@@ -146,6 +160,19 @@ def test_identical_answers_do_not_count_as_correct() -> None:
     accuracies = style_accuracies(torch.tensor([1.0, 1, 1, 0, 0, 0]), identical)
     assert accuracies["matrix"] == [[0, 1, 1], [0, 1, 1], [1, 1, 1]]
     assert accuracies["ties"] == pytest.approx(2 / 9)
+
+
+def test_pairs_are_ranked_by_the_average_log_prob_and_by_the_own_score_of_the_loss() -> None:
+    """The second pair is ranked correctly only relative to the reference. The third is identical after the cut."""
+    texts, _ = tensors([("p", answer) for answer in ("a", "b", "cx", "d", "ee", "cy")], max_prompt=4, max_answer=1)
+    policy = torch.tensor([-1.0, -3, -1, -2, -2, -2]), torch.ones(6)
+    ref = torch.tensor([-1.0, -5, -1, -1, -2, -2]), torch.ones(6)
+    dpo = ranked_correctly(Treatment("dpo", beta=0.1), texts, policy, ref)
+    assert [ranked.tolist() for ranked in dpo] == [[True, False, False], [True, True, False]]
+    simpo = ranked_correctly(Treatment("simpo"), texts, policy, ref)
+    assert all(torch.equal(ranked, dpo.by_logp) for ranked in simpo)
+    assert share_of(dpo.by_own_score) == pytest.approx(2 / 3)
+    assert (share_of(dpo.by_logp, [1, 2]), share_of(dpo.by_logp, [])) == (0, None)
 
 
 def test_spearman_equals_a_computation_by_hand() -> None:
@@ -331,6 +358,8 @@ def test_names_of_treatments_agree_with_their_options() -> None:
 
 
 def test_the_store_key_covers_every_module_that_computes_a_run() -> None:
+    names = {str(path.relative_to(ROOT)) for path in run_files()}
+    assert {"kernels/pair_loss.py", "amapo_loss/_moments.py", "benchmarks/studies/harness.py"} <= names
     modules = {path.stem for path in (ROOT / "benchmarks" / "studies").glob("*.py")}
     assert modules - {*RUN_MODULES} == {"__init__", "__main__", "pretrained", "report", "studies", "sweep"}
 
@@ -593,7 +622,8 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         (loss, rate) for loss in losses.values() for rate in sorted(rates)
     ]
     for name, loss in (losses | {"second": "simpo"}).items():
-        best = max((entry["validation"], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss)
+        tried = [(entry[TUNED_ACCURACY], -entry["learning rate"]) for entry in result.tuning if entry["loss"] == loss]
+        best = max(tried)
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
     assert all(entry["chosen log-prob"] < 0 for entry in result.tuning)
@@ -679,5 +709,6 @@ def test_files_are_sampled_in_their_order_and_further_files_are_evaluated(tmp_pa
         figures = run["figures"]
         assert figures["further"]["further"] == {
             "accuracy": figures["held out"],
+            "own score": figures["held out, own score"],
             "chosen log-prob": figures["chosen log-prob"],
         }
