@@ -274,6 +274,7 @@ def estimators_table() -> str:
 def real_ranking_table() -> str:
     """Return the ranking study on real pairs."""
     study = load("studies_own/ranking")["table, mean and standard deviation over the seeds"]
+    study["imitation alone"]["held out, own score"] = None  # no loss, no score
     remarks = {
         "SimPO, gamma 0.5": ", the best gamma above 0 on validation pairs",
         "SimPO, gamma 2": ", the best gamma on held-out pairs",
@@ -281,12 +282,15 @@ def real_ranking_table() -> str:
     rows = []
     for name, columns in study.items():
         found = (columns[key] for key in ("validation", "held out", "held out, own score"))
-        rows.append((name + remarks.get(name, ""), *(f"{100 * mean:.1f} ({100 * std:.1f})" for mean, std in found)))
+        cells = (f"{100 * summary[0]:.1f} ({100 * summary[1]:.1f})" if summary else "" for summary in found)
+        rows.append((name + remarks.get(name, ""), *cells))
     return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
 
 
 def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> str:
     """Return how the pretrained model ranks pairs after training.
+
+    DPO's own score differs from the average log-prob. So it has a second row for the columns that are not about a score.
 
     Args:
         study_file: the JSON file of a study whose treatments are losses.
@@ -299,18 +303,37 @@ def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> st
         run.metrics["authors"] = accuracy_by_author(run.metrics["sources"], pairs_by_source)
     rows = []
     for name in treatment_names(runs):
-        treatment = study["treatments"].get(name)  # None: the checkpoint, which all seeds share
-        rate = treatment and (treatment["learning_rate"] or study["settings"]["learning_rate"])
-        cells = [name, format_rate(rate)] if treatment else ["before training", ""]
-        for keys in columns.values():
-            if not treatment and keys == ("held out, own score",):
-                cells.append("")  # no loss, no score
-                continue
-            values = seed_values(runs, name, metric_at(*keys)) * (1 if keys[-1] == "chosen log-prob" else 100)
-            has_spread = treatment and len(values) > 1
-            cells.append(f"{values.mean():.1f} ({values.std():.1f})" if has_spread else f"{values.mean():.1f}")
-        rows.append(cells)
+        treatment = study["treatments"].get(name)
+        if treatment is None:  # the checkpoint, which all seeds share, and which has no loss and thus no score
+            first = [run for run in runs if run.treatment == name][:1]
+            cells = ["" if keys == ("held out, own score",) else spread(first, name, keys) for keys in columns.values()]
+            rows.append(["before training", "", *cells])
+            continue
+        rate = format_rate(treatment["learning_rate"] or study["settings"]["learning_rate"])
+        rows.append([name, rate, *(spread(runs, name, keys) for keys in columns.values())])
+        by_own_score = [spread(runs, name, own_score_keys(keys)) for keys in columns.values()]
+        if treatment["loss"] == "dpo" and any(by_own_score):
+            rows.append([f"{name}, by its own score", rate, *by_own_score])
     return markdown(("", "learning rate", *columns), rows)
+
+
+def spread(runs: list[Run], treatment: str, keys: tuple[str, ...]) -> str:
+    """Return the mean of a metric over the seeds and, in brackets, its standard deviation; "" if no run has it.
+
+    An accuracy becomes percent.
+    """
+    values = seed_values(runs, treatment, metric_at(*keys)) * (1 if keys[-1] == "chosen log-prob" else 100)
+    if not len(values):
+        return ""
+    return f"{values.mean():.1f} ({values.std():.1f})" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def own_score_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the keys of the same accuracy by the loss's own score, which lead to nothing if there is no such metric."""
+    group, *rest = keys
+    if group == "styles":
+        return (group, rest[0], "own score", rest[1])
+    return (*keys[:-1], "own score") if group == "further" and keys[-1] == "accuracy" else ("none",)
 
 
 def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) -> dict[str, float]:
@@ -432,6 +455,20 @@ def sizes_table() -> str:
     return markdown(("", "million parameters", *quantities), rows)
 
 
+def size_ranking_table() -> str:
+    """Return how models of different sizes rank held-out pairs, each loss by its own score, and their log-prob."""
+    sizes = {f"{count / 1e6:.1f} million": name for name, count in load("sizes/sizes")["parameters"].items()}
+    studies = [load(f"sizes/{name}/gradient-flow") for name in sizes.values()]
+    runs_by_size = [[Run.from_json(entry) for entry in study["runs"]] for study in studies]
+    rows = []
+    for name in treatment_names(runs_by_size[0]):
+        is_checkpoint = name not in studies[0]["treatments"]
+        accuracy = ("held out",) if is_checkpoint else ("held out, own score",)
+        cells = [spread(runs, name, keys) for runs in runs_by_size for keys in (accuracy, ("chosen log-prob",))]
+        rows.append(("before preference training" if is_checkpoint else name, *cells))
+    return markdown(("", *(heading for size in sizes for heading in (f"{size}: accuracy", "log-prob"))), rows)
+
+
 def scale_table() -> str:
     """Return what a rank holds and receives for a step of a trainable head, by the formulas."""
     rows = []
@@ -505,6 +542,7 @@ TABLES: dict[str, Callable[[], str]] = {
         rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
     ),
     "sizes": sizes_table,
+    "size-ranking": size_ranking_table,
 }
 
 if __name__ == "__main__":
