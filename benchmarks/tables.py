@@ -290,7 +290,7 @@ def real_ranking_table() -> str:
 def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> str:
     """Return how the pretrained model ranks pairs after training.
 
-    DPO's own score differs from the average log-prob. So it has a second row for the columns that are not about a score.
+    DPO's own score is not the average log-prob, so it has a second row if there are accuracies by both.
 
     Args:
         study_file: the JSON file of a study whose treatments are losses.
@@ -329,7 +329,7 @@ def spread(runs: list[Run], treatment: str, keys: tuple[str, ...]) -> str:
 
 
 def own_score_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of the same accuracy by the loss's own score, which lead to nothing if there is no such metric."""
+    """Return the keys of the same accuracy by the loss's own score. They lead to nothing if there is no such metric."""
     group, *rest = keys
     if group == "styles":
         return (group, rest[0], "own score", rest[1])
