@@ -103,10 +103,10 @@ def amapo_loss(
             the mean over all pairs, even if the ranks have different numbers of pairs. `"sum"` and `"none"` cover this
             rank's pairs only.
         backend: `"torch"` is plain PyTorch. `"triton"` computes the loss, its gradient and the summary in float32 with
-            one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. The scores that an
-            estimator or a margin function gets are computed in PyTorch. `"auto"` takes Triton for log-probs on a GPU
-            that are not float64, if Triton 3.4 or newer is installed, and torch for everything else. Only torch has
-            second derivatives.
+            one kernel launch on a GPU, two beyond 4,096 pairs, and one more with a process group. A tensor `beta` adds
+            a few small ones, for its check. The scores that an estimator or a margin function gets are computed in
+            PyTorch. `"auto"` takes Triton for log-probs on an NVIDIA GPU that are not float64, if Triton 3.4 or newer
+            is installed and starts, and torch for everything else. Only torch has second derivatives.
 
     Returns:
         `AMaPOOutput(loss, diagnostics)`. The loss is float32, or float64 if a log-prob is float64. If a log-prob is NaN
@@ -281,7 +281,7 @@ def _with_checked_tensors(options: LossOptions, pairs: Pairs) -> LossOptions:
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     """Return whether the kernel computes these pairs; raise if `backend="triton"` cannot compute them."""
     backend, device = options.backend, pairs.chosen_logps.device
-    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or kernels.WHY_NO_TRITON is not None)):
+    if backend == "torch" or (backend == "auto" and not kernels.run_on(device)):
         return False
     in_forward_mode = _checks.has_tangent(*pairs.logps())
     if backend == "triton" and in_forward_mode:

@@ -1,6 +1,8 @@
 """The GPU kernels, imported as `amapo_loss.kernels`. This file says whether they can run, without importing Triton."""
 
 import os
+import warnings
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -8,6 +10,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 OLDEST_TRITON = "3.4"  # comes with torch 2.8
+OLDEST_CAPABILITY = (7, 0)  # older GPUs lack the memory ordering that the loss needs from 4,097 pairs on
 
 
 def _why_no_triton() -> str | None:
@@ -35,6 +38,31 @@ def unavailable_reason() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot trace the rest
+def run_on(device: torch.device) -> bool:
+    """Return whether tensors on this device take the kernels, if the caller leaves the choice to the library."""
+    return device.type == "cuda" and _can_run_on(device)
+
+
+@cache
+def _can_run_on(device: torch.device) -> bool:
+    """Return whether the kernels can run on a GPU. Warn if Triton is there and cannot start."""
+    # ROCm is left out because the barrier within a block does not wait for loads there. A gradient that is written over
+    # its logits could overwrite some that another thread has yet to read.
+    if WHY_NO_TRITON is not None or torch.version.hip is not None:
+        return False
+    try:
+        if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+            return False
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiles a module in C, unless a cache has it
+    except Exception as error:  # without a C compiler, or without Python's headers
+        warnings.warn(f"amapo_loss uses PyTorch, because Triton cannot start: {error}", stacklevel=2)
+        return False
+    return True
+
+
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU instead of compiling them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Return whether Triton interprets its kernels on the CPU instead of compiling them. It takes the same words."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

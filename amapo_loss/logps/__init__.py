@@ -278,7 +278,8 @@ def linear_token_logps(
 
     The [n, V] logits are never held; tiles of them are computed and dropped. The gradient is exact, for any gradient
     per token from the loss, so that the loss may couple tokens and sequences in any way. Tiles and sums are float32,
-    or float64 for float64 input, whatever the dtype of the inputs.
+    or float64 for float64 input, whatever the dtype of the inputs. Products of float32 tensors are as precise as
+    `torch.set_float32_matmul_precision` says.
 
     The cost is counted in matrix products of size n x V x H:
 

@@ -384,8 +384,9 @@ def _rounding_scale(dtype: torch.dtype) -> float:
 def _to_gemm_dtype(tensor: Tensor, gemm_dtype: torch.dtype) -> Tensor:
     """Return the tensor rounded to `gemm_dtype`, the dtype of general matrix-matrix products (GEMM).
 
-    Where a GPU accumulates products of `gemm_dtype` in float32, the result has this dtype. Elsewhere a product of
-    bfloat16 tensors would round its result to bfloat16, so the rounded values are converted back to float32.
+    Where Triton processes the tiles, the result has this dtype, and a product is accumulated and written in float32.
+    Elsewhere a product of bfloat16 tensors would round its result to bfloat16, so the rounded values are converted back
+    to float32.
     """
     tensor = tensor.to(gemm_dtype)
     return tensor if _online_lse.uses_triton(tensor) else tensor.to(accumulation_dtype(tensor))

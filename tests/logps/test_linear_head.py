@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from amapo_loss import amapo_loss, linear_sequence_logps, linear_token_logps, sequence_logps
 from amapo_loss.kernels import online_lse
 from amapo_loss.logps import _linear_head, _online_lse
 from amapo_loss.logps._linear_head import _mm_out
-from amapo_loss.logps._online_lse import OnlineLSE
+from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 from benchmarks.speed.memory import peak_bytes
 from tests.support.backends import GPU, every_tiling, needs_gpu, no_synchronization, on_gpu, tiled
 from tests.support.generators import examples
@@ -880,6 +881,25 @@ def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
     out = _mm_out(single(4, 8)[:, :6], half(4, 5), half(6, 5).T)
     assert (out.dtype, out.shape) == (torch.float32, (4, 6))
     assert "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations of PyTorch, views included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_without_triton_gets_few_launches() -> None:
+    """A tile of 4,096 rows has two parts. The meta device stands for a GPU, where an operation is a launch."""
+    state = OnlineLSE.start(torch.zeros(4096, dtype=torch.int64, device="meta"), torch.float64)
+    z = torch.empty(4096, 8192, dtype=torch.float64, device="meta")
+    with CountOperations() as operations:  # type: ignore[no-untyped-call]
+        _online_lse.update(state, z, 0, LogitTransform())
+    assert operations.count < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

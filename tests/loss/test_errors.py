@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
@@ -322,6 +323,17 @@ def test_the_message_says_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch)
             construct()
 
 
+def takes_triton_on_a_gpu() -> bool:
+    """Return whether float32 tensors on a GPU take Triton, which must be the same for the loss and the log-probs."""
+    kernels._can_run_on.cache_clear()
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    options = LossOptions(2.0, 0.0, AdaptiveMargin(), None, None, "mean", "auto")
+    takes_triton = functional._uses_triton(Pairs(on_gpu, on_gpu), options)
+    assert _online_lse.uses_triton(on_gpu) == takes_triton
+    kernels._can_run_on.cache_clear()
+    return takes_triton
+
+
 @pytest.mark.parametrize(
     ("found", "installed", "reason"),
     [
@@ -344,15 +356,38 @@ def test_without_a_triton_that_can_be_used_auto_takes_torch(
     monkeypatch.setattr(kernels, "version", version)
     assert kernels._why_no_triton() == reason
     monkeypatch.setattr(kernels, "WHY_NO_TRITON", reason)
-    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=torch.float32)
-    options = LossOptions(2.0, 0.0, AdaptiveMargin(), None, None, "mean", "auto")
-    assert functional._uses_triton(Pairs(on_gpu, on_gpu), options) == (reason is None)
-    assert _online_lse.uses_triton(on_gpu) == (reason is None)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not _online_lse.uses_triton(on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=SimpleNamespace(get_current_target=int)))
+    assert takes_triton_on_a_gpu() == (reason is None)
     if reason is not None:
         with raises(RuntimeError, f"backend='triton' cannot run: {reason}"):
             amapo_loss(LOGPS, LOGPS, backend="triton")
+
+
+@pytest.mark.parametrize("prevented_by", ["nothing", "an AMD GPU", "an old GPU", "no C compiler"])
+def test_auto_takes_torch_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch, prevented_by: str) -> None:
+    def start() -> None:
+        if prevented_by == "no C compiler":
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "WHY_NO_TRITON", None)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=SimpleNamespace(get_current_target=start)))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda _: (6, 1) if prevented_by == "an old GPU" else (7, 0)
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.4" if prevented_by == "an AMD GPU" else None)
+    expected = "amapo_loss uses PyTorch, because Triton cannot start: Failed to find C compiler"
+    with pytest.warns(UserWarning, match=expected) if prevented_by == "no C compiler" else nullcontext():
+        assert takes_triton_on_a_gpu() == (prevented_by == "nothing")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("on", True), ("0", False), ("", False)])
+def test_the_words_that_switch_the_interpreter_on_are_those_of_triton(
+    monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    triton = pytest.importorskip("triton")
+    assert kernels.interpreted() == triton.knobs.runtime.interpret == expected
 
 
 def test_the_message_says_what_triton_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
