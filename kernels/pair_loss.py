@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amapo_loss._autograd import once_differentiable
 from amapo_loss._options import LossOptions
 from amapo_loss._pairs import Pairs
 from amapo_loss.margin import AdaptiveMargin
@@ -829,6 +830,9 @@ def _(chosen_logps: Tensor, *_: Any) -> Tensor:
     return torch.empty(4, dtype=torch.float64, device=chosen_logps.device)
 
 
+NO_SECOND_DERIVATIVE = "backend='triton' has no second derivative: use backend='torch' for double backward"
+
+
 class _PairLoss(torch.autograd.Function):
     """The operator under autograd: forward computes the gradient as well, and backward only scales it."""
 
@@ -843,16 +847,13 @@ class _PairLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
+    @partial(once_differentiable, message=NO_SECOND_DERIVATIVE)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor | None, *_: Any) -> Any:
         no_gradients = (None,) * len(ctx.needs_input_grad)
         if grad_output is None:
             return no_gradients
-        gradient, *logps = ctx.saved_tensors
-        if torch.is_grad_enabled():  # as with create_graph=True
-            scaled = _ScaledGradient.apply(gradient, grad_output, *logps)
-        else:
-            scaled = gradient * grad_output
-        grad_chosen, grad_rejected = scaled.unbind()
+        gradient, *logps = saved
+        grad_chosen, grad_rejected = (gradient * grad_output).unbind()
         needed = ctx.needs_input_grad
         return (
             grad_chosen.to(logps[0].dtype) if needed[0] else None,
@@ -865,32 +866,6 @@ class _PairLoss(torch.autograd.Function):
 
 # Autograd asks for the signature in each call, and finding it out takes longer than launching the kernel.
 _PairLoss.forward.__signature__ = inspect.signature(_PairLoss.forward)  # type: ignore[attr-defined]
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The saved gradient times the gradient of the output.
-
-    The log-probs are inputs only so that a second derivative reaches this backward, which raises.
-    """
-
-    @staticmethod
-    def forward(
-        gradient: Tensor,  # [2, n]
-        grad_output: Tensor,  # 0-dim, or [n]
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        ref_chosen_logps: Tensor | None,
-        ref_rejected_logps: Tensor | None,
-    ) -> Tensor:
-        return gradient * grad_output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        raise RuntimeError("backend='triton' has no second derivative: use backend='torch' for double backward")
 
 
 # What `amapo_loss.functional` calls.

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, with_anchor
 from amapo_loss._checks import accumulation_dtype, autocasts
 from amapo_loss.logps import _online_lse
-from amapo_loss.logps._autograd import once_differentiable, raise_in_forward_mode, with_anchor
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
 from amapo_loss.logps._vocab_parallel import merge_ranks, sum_ranks, vocab_shard
 

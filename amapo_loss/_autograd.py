@@ -1,6 +1,6 @@
-"""What the autograd functions of the log-probs do not compute: second derivatives, and derivatives in forward mode.
+"""What this library's autograd functions do not compute: second derivatives, and derivatives in forward mode.
 
-Without these checks, both would be 0 without an error. torch.compile cannot trace the checks, and has no second
+Without these checks, both could be 0 without an error. torch.compile cannot trace the checks, and has no second
 derivatives of its own. Depends only on torch and the argument checks.
 """
 
@@ -25,8 +25,8 @@ def raise_in_forward_mode(*inputs: Tensor | None) -> None:
         raise NotImplementedError(FIRST_ONLY)
 
 
-def once_differentiable(backward: Backward) -> Backward:
-    """Wrap a backward such that the derivative of its gradients raises.
+def once_differentiable(backward: Backward, message: str = FIRST_ONLY) -> Backward:
+    """Wrap a backward such that the derivative of its gradients raises NotImplementedError.
 
     PyTorch's decorator of this name raises only where the gradient of the output requires a gradient. For the sum of
     the outputs it does not, and then the derivative with respect to the saved inputs would be 0.
@@ -34,6 +34,7 @@ def once_differentiable(backward: Backward) -> Backward:
     Args:
         backward: takes ctx, the saved tensors, and the gradients of the outputs. Tensors may be unpacked only once in a
             checkpoint, so the decorator unpacks them.
+        message: that of the exception.
     """
 
     @wraps(backward)
@@ -44,7 +45,7 @@ def once_differentiable(backward: Backward) -> Backward:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients
         connected: Callable[..., Tensor] = _Gradient.apply
-        return tuple(None if x is None else connected(x, *grad_outputs, *saved) for x in gradients)
+        return tuple(None if x is None else connected(x, message, *grad_outputs, *saved) for x in gradients)
 
     return wrapper
 
@@ -53,16 +54,16 @@ class _Gradient(torch.autograd.Function):
     """A gradient. Its backward, which raises, is reached from all that the gradient was computed from."""
 
     @staticmethod
-    def forward(gradient: Tensor, *_: Tensor | None) -> Tensor:
+    def forward(gradient: Tensor, message: str, *_: Tensor | None) -> Tensor:
         return gradient.clone()  # and not a view, which could not be modified in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.message = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError(FIRST_ONLY)
+        raise NotImplementedError(ctx.message)
 
 
 def with_anchor(x: Tensor) -> tuple[Tensor, Tensor]:
