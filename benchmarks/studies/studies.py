@@ -52,12 +52,13 @@ class Study:
     legend_share: float = 0.0  # share of the picture's height that is kept free for a legend at the bottom
 
 
-def mean_style_accuracy(difficulty: str) -> Column:
-    """Return a column with RM-Bench's accuracy of a difficulty, averaged over the RM-Bench files."""
+def mean_style_accuracy(*keys: str) -> Column:
+    """Return a column with the accuracy of RM-Bench at these keys, averaged over the RM-Bench files."""
 
     def average(metrics: Metrics) -> float | None:
-        accuracies = [by_difficulty[difficulty] for by_difficulty in metrics["styles"].values()]
-        return sum(accuracies) / len(accuracies) if accuracies else None
+        accuracies = [metric_at(*keys)(of_file) for of_file in metrics["styles"].values()]
+        found = [accuracy for accuracy in accuracies if accuracy is not None]
+        return sum(found) / len(found) if found else None
 
     return average
 
@@ -97,9 +98,13 @@ def best_simpo(runs: list[Run]) -> str:
 
 
 def draw_ranking(figure: Figure, runs: list[Run]) -> None:
-    """Draw accuracy and log-prob of the held-out pairs, and the accuracy on RM-Bench's three difficulties."""
+    """Draw accuracy and log-prob of the held-out pairs, and the accuracy on RM-Bench's three difficulties.
+
+    The accuracies are by the loss's own score, which for all losses but DPO ranks as the average log-prob does.
+    """
     accuracy_axes, logp_axes, style_axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
-    plot_seeds(accuracy_axes, runs, metric_at("held out"), "held-out pairs\nranked correctly", SIMPO)
+    own_score = metric_at("held out, own score")
+    plot_seeds(accuracy_axes, runs, own_score, "held-out pairs ranked correctly\nby the loss's own score", SIMPO)
     plot_seeds(logp_axes, runs, CHOSEN_LOGP, "log-prob of their chosen\nanswers, nats per token", SIMPO)
     logp_axes.set_yticks([])
     logp_axes.locator_params(axis="x", nbins=4)
@@ -107,16 +112,17 @@ def draw_ranking(figure: Figure, runs: list[Run]) -> None:
     for axes in (accuracy_axes, logp_axes):
         axes.set_title("")
     for name in (IMITATION, "DPO", SIMPO, best_simpo(runs), AMAPO, AMAPO_RELEASED):
-        accuracies = [seed_values(runs, name, column) for column in RM_BENCH.values()]
+        columns = [mean_style_accuracy("own score", difficulty) for difficulty in DIFFICULTIES]
+        accuracies = [seed_values(runs, name, column) for column in columns]
         if all(len(by_seed) for by_seed in accuracies):
             style_axes.plot([by_seed.mean().item() for by_seed in accuracies], "o-", label=name)
     style_axes.set_xticks(
         range(len(DIFFICULTIES)), ["easy:\nchosen is richer", "normal:\nsame style", "hard:\nrejected is richer"]
     )
     style_axes.set(xlabel="style of the answers (RM-Bench)", ylabel="share of prompts where\nchosen outscores rejected")
-    style_axes.set_title("mean over the seeds", fontsize=SMALL_FONT)
+    style_axes.set_title("by the loss's own score, mean over the seeds", fontsize=SMALL_FONT)
     if style_axes.lines:
-        style_axes.legend(fontsize=SMALL_FONT)
+        style_axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=SMALL_FONT)
 
 
 RANKING = Study(
