@@ -381,6 +381,7 @@ PRETRAINED_REASONING: dict[str, tuple[str, ...]] = {
     "all held-out pairs, by the loss's own score": ("held out, own score",),
     "log-prob of right solutions": ("chosen log-prob",),
 }
+MODELS_REASONING = {title: keys for title, keys in PRETRAINED_REASONING.items() if keys[0] != "authors"}
 
 
 def gradient_flow_table() -> str:
@@ -533,6 +534,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-rate-others": partial(pretrained_table, EQUAL_RATE, PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
     "pretrained-reasoning": partial(pretrained_table, "studies_pretrained/reasoning", PRETRAINED_REASONING),
+    "models-reasoning": partial(pretrained_table, "studies_models/reasoning", MODELS_REASONING),
     "reasoning-rates": partial(
         rates_table,
         "studies_tuned/reasoning",
