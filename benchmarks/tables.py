@@ -340,7 +340,7 @@ def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) 
     """Return the accuracy on pairs of solutions whose right one a human has written, and on those of models alone.
 
     Args:
-        accuracies: for each source, "author of the right solution against author of the wrong one".
+        accuracies: for each source, "author of the correct solution against author of the wrong one".
         num_pairs: for each source, its number of pairs.
     """
     by_author: dict[str, list[str]] = {"human": [], "model": []}
@@ -371,15 +371,15 @@ PRETRAINED_OTHERS: dict[str, tuple[str, ...]] = {
         for difficulty in ("easy", "normal", "hard")
     },
     "GSM8K pairs": ("further", "gsm8k_test", "accuracy"),
-    "log-prob of right solutions": ("further", "gsm8k_test", "chosen log-prob"),
+    "log-prob of correct solutions": ("further", "gsm8k_test", "chosen log-prob"),
 }
 PRETRAINED_REASONING: dict[str, tuple[str, ...]] = {
     "validation pairs": ("validation",),
     "held-out pairs": ("held out",),
-    "of a human's right solution": ("authors", "human"),
-    "of models' solutions alone": ("authors", "model"),
+    "correct solution by a human": ("authors", "human"),
+    "both solutions by models": ("authors", "model"),
     "all held-out pairs, by the loss's own score": ("held out, own score",),
-    "log-prob of right solutions": ("chosen log-prob",),
+    "log-prob of correct solutions": ("chosen log-prob",),
 }
 MODELS_REASONING = {title: keys for title, keys in PRETRAINED_REASONING.items() if keys[0] != "authors"}
 
@@ -417,7 +417,7 @@ def reasoning_table() -> str:
                 f"{logp[0]:.3f} ({logp[1]:.3f})",
             )
         )
-    header = ("problems solved", "against AMaPO, paper", "pairs ranked correctly", "log-prob of right solutions")
+    header = ("problems solved", "against AMaPO, paper", "pairs ranked correctly", "log-prob of correct solutions")
     return markdown(("", *header), rows)
 
 
@@ -457,16 +457,20 @@ def sizes_table() -> str:
 
 
 def size_ranking_table() -> str:
-    """Return how models of different sizes rank held-out pairs, each loss by its own score, and their log-prob."""
+    """Return how models of different sizes rank held-out pairs, DPO also by its own score, and their log-prob."""
     sizes = {f"{count / 1e6:.1f} million": name for name, count in load("sizes/sizes")["parameters"].items()}
     studies = [load(f"sizes/{name}/gradient-flow") for name in sizes.values()]
     runs_by_size = [[Run.from_json(entry) for entry in study["runs"]] for study in studies]
     rows = []
     for name in treatment_names(runs_by_size[0]):
-        is_checkpoint = name not in studies[0]["treatments"]
-        accuracy = ("held out",) if is_checkpoint else ("held out, own score",)
-        cells = [spread(runs, name, keys) for runs in runs_by_size for keys in (accuracy, ("chosen log-prob",))]
-        rows.append(("before preference training" if is_checkpoint else name, *cells))
+        titles = {name: "held out"}
+        if name not in studies[0]["treatments"]:
+            titles = {"before preference training": "held out"}
+        elif studies[0]["treatments"][name]["loss"] == "dpo":
+            titles |= {f"{name}, by its own score": "held out, own score"}
+        for title, key in titles.items():
+            cells = [spread(runs, name, (column,)) for runs in runs_by_size for column in (key, "chosen log-prob")]
+            rows.append((title, *cells))
     return markdown(("", *(heading for size in sizes for heading in (f"{size}: accuracy", "log-prob"))), rows)
 
 

@@ -21,7 +21,7 @@ GENERATION_BATCH_SIZE = 512  # problems that are solved at a time
 
 
 def solve(prompt: str) -> str:
-    """Return the right solution of a problem."""
+    """Return the correct solution of a problem."""
     a, b = prompt.removesuffix("=").split("+")
     steps, carry = [], 0
     for digit_a, digit_b in zip(reversed(a), reversed(b)):
@@ -100,5 +100,5 @@ def own_mistakes(model: ByteLM, prompts: list[str], seed: int) -> dict[str, str]
 
 
 def own_pairs(mistakes: dict[str, str]) -> list[Pair]:
-    """Return pairs of the right solution and the model's own wrong one."""
+    """Return pairs of the correct solution and the model's own wrong one."""
     return [Pair(prompt, solve(prompt), mistake) for prompt, mistake in mistakes.items()]

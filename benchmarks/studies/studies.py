@@ -534,7 +534,7 @@ REASONING_TREATMENTS = {
 def draw_reasoning(figure: Figure, runs: list[Run]) -> None:
     """Draw the share of solved problems if solutions were generated, the ranking accuracy and the log-prob."""
     panels = {"share of held-out problems solved": metric_at("solved")} if "solved" in runs[0].metrics else {}
-    panels |= {ACCURACY: metric_at("held out"), "log-prob of right solutions, nats per token": CHOSEN_LOGP}
+    panels |= {ACCURACY: metric_at("held out"), "log-prob of correct solutions, nats per token": CHOSEN_LOGP}
     for axes, (label, column) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
         plot_seeds(axes, runs, column, label, AMAPO)
     explanation = figure.axes[0].get_title()
