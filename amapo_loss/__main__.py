@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, __version__, amapo_loss
 from amapo_loss._checks import Backend
-from amapo_loss.kernels import interpreted, unavailable_reason
+from amapo_loss.kernels import interpreted, run_on, unavailable_reason
 
 BATCH_SIZES = (1, 2, 7, 64, 1000)
 MARGINS: tuple[AdaptiveMargin | float, ...] = (AdaptiveMargin(), AdaptiveMargin("released"), 0.5)
@@ -32,17 +32,19 @@ def main() -> int:
         print(f"  {device:<8}{name}")
 
     print("backends")
-    reason = unavailable_reason()
     print("  torch   can run on every device")
-    if reason:
+    with_triton = list[str]()
+    if reason := unavailable_reason():
         print(f"  triton  cannot run: {reason}")
+    elif interpreted():
+        with_triton = ["cpu"]
+        print("  triton  can run interpreted, on the CPU")
     else:
-        print(f"  triton  can run {'interpreted, on the CPU' if interpreted() else 'on every CUDA device'}")
+        with_triton = [device for device in devices if run_on(torch.device(device))]  # warns if Triton cannot start
+        print(f"  triton  can run on {', '.join(with_triton) or 'none of these devices'}")
 
     runs: list[tuple[Backend, str]] = [("torch", device) for device in devices]
-    if not reason:
-        # The interpreter runs kernels on the CPU, and the compiler makes them for GPUs.
-        runs += [("triton", device) for device in devices if (device == "cpu") == interpreted()]
+    runs += [("triton", device) for device in with_triton]
     print("self-check: largest relative error of loss and gradient in float32, against backend='torch' in float64")
     all_agree = True
     for backend, device in runs:

@@ -453,7 +453,8 @@ def sizes_table() -> str:
                 is_share = title.startswith("share")
                 cells.append(f"{100 * mean:.1f}% ({100 * std:.1f}%)" if is_share else f"{mean:.2f} ({std:.2f})")
             rows.append((treatment, f"{parameters / 1e6:.1f}", *cells))
-    return markdown(("", "million parameters", *quantities), rows)
+    headings = (f"misranked pairs: {title}" for title in quantities)
+    return markdown(("", "million parameters", *headings), rows)
 
 
 def size_ranking_table() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from amapo_loss import AdaptiveMargin, __main__, __version__, _reference
 
 TRITON_WITHOUT_INTERPRETER = (
-    "can run on every CUDA device" if torch.cuda.is_available() else "cannot run: PyTorch sees no"
+    "can run on cuda:0" if torch.cuda.is_available() else "cannot run: PyTorch sees no"
 )
 
 
