@@ -53,6 +53,10 @@ class LossOptions(NamedTuple):
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return self
 
+    def gathers_moments(self) -> bool:
+        """Return whether the moments of all ranks are needed: for the statistics, or for the mean over their pairs."""
+        return self.process_group is not None and (self.statistics is None or self.reduction == "mean")
+
     def replaced(
         self, beta: float | Tensor, margin: Margin, statistics: ScoreStatistics | Estimator | None
     ) -> "LossOptions":

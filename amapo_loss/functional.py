@@ -95,8 +95,8 @@ def amapo_loss(
             statistics of a whole optimizer batch, the sums of the losses (`reduction="sum"`) of its micro-batches have
             exactly the gradient of the sum over the whole batch.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. This adds one
-            all-gather of four float64 numbers per rank. None, also under DDP, means that there is no communication and
-            each rank takes its own pairs.
+            all-gather of four float64 numbers per rank, if the statistics or the mean need it. None, also under DDP,
+            means that there is no communication and each rank takes its own pairs.
         reduction: `"mean"` over the pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses $a_i L_i$.
             With a process group, `"mean"` returns the sum of this rank's $a_i L_i$ times (number of ranks) / (sum of
             the weights of all ranks). DDP and FSDP average the gradients of the ranks, which then gives the gradient of
@@ -123,7 +123,8 @@ def amapo_loss(
             `reduction` or `backend` is unknown; if `backend="triton"` gets float64 log-probs or log-probs that are not
             on a GPU.
         RuntimeError: if `backend="triton"` cannot run here; the message has the reason. If another rank of
-            `process_group` does not take part. In the backward pass, for a second derivative of a loss from Triton.
+            `process_group` does not take part; NCCL's watchdog ends the process instead. In the backward pass, for a
+            second derivative of a loss from Triton.
 
     Example:
         >>> import torch
@@ -299,7 +300,7 @@ def _triton_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     from amapo_loss.kernels import pair_loss  # importing Triton takes a second, and it may not be installed
 
     rank_moments = None
-    if options.process_group is not None:
+    if options.gathers_moments():
         rank_moments = all_gather_row(pair_loss.moments(pairs, options.beta), options.process_group)
     if callable(options.statistics) or callable(options.margin):  # both take scores, which the kernel does not return
         d, rewards = _reference.log_ratio_differences(pairs.prepared(), options.beta)
@@ -327,7 +328,7 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     d, rewards = _reference.log_ratio_differences(prepared, options.beta)
     r, weights = rewards[0], prepared.weights
     rank_moments = None
-    if options.process_group is not None:
+    if options.gathers_moments():
         rank_moments = all_gather_row(weighted_moments(r, pairs.counted(), weights), options.process_group)
 
     statistics = _statistics(options, pairs, d, r, rank_moments)

@@ -4,7 +4,7 @@ Depends only on torch, the argument checks, the moments and the collectives.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,8 @@ class ScoreStatistics(NamedTuple):
         Raises:
             TypeError: if `scores` is not a floating tensor; if `process_group` is not a group that contains this rank.
             ValueError: if `scores` is not 1-D, or `mask` has another shape or device.
-            RuntimeError: if another rank does not take part before the timeout of the group.
+            RuntimeError: if another rank does not take part before the timeout of the group; NCCL's watchdog ends the
+                process instead.
 
         Example:
             >>> import torch
@@ -113,17 +114,19 @@ class ScoreWindow(nn.Module):
 
     The window then stores the scores of the batch, but only in training mode and if a gradient is wanted for them
     (`scores.requires_grad`). Evaluation and reference passes leave it as it is. Stored scores come from an earlier
-    policy, so choose `size` near the number of pairs per optimizer step, summed over all ranks.
+    policy, so choose `size` near the number of pairs per optimizer step, summed over all ranks. Each forward pass with
+    gradients stores its scores, so keep the loss out of what runs forward again: a region under activation
+    checkpointing, or the closure of an optimizer such as LBFGS.
 
     With a process group, the scores of all ranks are gathered and ordered by rank. This adds one all-gather of
-    `size` + 3 numbers per rank. Every rank stores the same scores, so that the windows of all ranks stay bitwise equal
-    and saving the state of one rank is enough.
+    `size` + 4 numbers per rank. Every rank stores the same scores, those of the ranks that want a gradient, so that the
+    windows of all ranks stay bitwise equal and saving the state of one rank is enough.
 
-    The stored scores are state of the run and not weights. They are in `state_dict`. They are not registered as
-    buffers, so that `to` does not change their dtype and DDP does not broadcast them. The window moves to the device of
-    the scores that it is called with, and `to` moves it as well. The state of a window of another size is accepted, and
-    its newest scores are kept. There is no host-device synchronization, except when the window moves and in
-    `load_state_dict`.
+    The stored scores are state of the run and not weights. They are the extra state of the module, a tensor in
+    `state_dict`. They are not registered as buffers, so that `to` does not change their dtype and DDP does not
+    broadcast them. The window moves to the device of the scores that it is called with, and `to` moves it as well.
+    `load_state_dict` accepts the state of a window of another size, and keeps its newest scores. There is no
+    host-device synchronization, except when the window moves and in `load_state_dict`.
 
     Args:
         size: number of scores, at least 1.
@@ -131,7 +134,7 @@ class ScoreWindow(nn.Module):
     Raises:
         TypeError: if `size` is not an int.
         ValueError: if `size` is below 1.
-        RuntimeError: from `load_state_dict`, if the state is not that of a window.
+        RuntimeError: from `load_state_dict`, if the state has no window.
 
     Example:
         >>> import torch
@@ -163,20 +166,24 @@ class ScoreWindow(nn.Module):
         self._move(scores.device)
         size, values = len(self.scores), scores.detach().to(sum_dtype(scores.device))
         finite = values.abs() <= torch.finfo(self.scores.dtype).max  # False for NaN
-        row = torch.cat([moments(values, finite), _newest(values, finite, size)])
-        rows = all_gather_row(row, process_group)
-        moments_of_ranks, newest_of_ranks = rows[:, :3], rows[:, 3:]
+        # Whether to store is decided by each rank for its own scores, and is gathered with them: a rank without pairs
+        # may have no graph.
+        stores = self.training and scores.requires_grad
+        flag = values.new_full((1,), float(stores))
+        rows = all_gather_row(torch.cat([moments(values, finite), flag, _newest(values, finite, size)]), process_group)
+        moments_of_ranks, flags, newest_of_ranks = rows[:, :3], rows[:, 3], rows[:, 4:]
         counts = moments_of_ranks[:, 0]
 
         age = torch.arange(size - 1, -1, -1, device=scores.device)  # 0 for the newest stored score
         in_window = age < torch.minimum(self.seen, size - counts.sum())
         stored_moments = moments(self.scores, in_window)
         merged = merge_moments(torch.cat([moments_of_ranks, stored_moments[None]]))
-        if self.training and scores.requires_grad:
+        if stores or process_group is not None:
+            kept = counts * flags
             candidates = torch.cat([self.scores[None], newest_of_ranks])
-            present = age < torch.cat([self.seen[None], counts]).unsqueeze(1)
+            present = age < torch.cat([self.seen[None], kept]).unsqueeze(1)
             self.scores.copy_(_newest(candidates.flatten(), present.flatten(), size))
-            self.seen.add_(counts.sum().long())
+            self.seen.add_(kept.sum().long())
         return ScoreStatistics(*mean_std_count(merged))
 
     def reset(self) -> None:
@@ -195,33 +202,20 @@ class ScoreWindow(nn.Module):
         if device != self.scores.device:
             self.scores, self.seen = self.scores.to(device), self.seen.to(device)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "scores"], destination[prefix + "seen"] = self.scores, self.seen
+    def get_extra_state(self) -> Tensor:
+        """Return the state [size + 1]: `scores`, and `seen` behind them.
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + "scores", prefix + "seen"]
-        absent = [name for name in names if name not in state_dict]
-        missing_keys += absent
-        if not absent:
-            self._load(*(state_dict[name] for name in names))
-        others = {name: value for name, value in state_dict.items() if name not in names}
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        PyTorch's functions for the state of distributed modules know parameters, buffers and this.
+        """
+        dtype = sum_dtype(self.scores.device)
+        return torch.cat([self.scores.to(dtype), self.seen[None].to(dtype)])
 
-    def _load(
+    def set_extra_state(
         self,
-        scores: Tensor,  # [size of the saved window]
-        seen: Tensor,  # 0-dim
+        state: Tensor,  # [size of the saved window + 1]
     ) -> None:
+        """Restore a state. If it is that of a window of another size, keep its newest scores."""
+        scores, seen = state[:-1], state[-1]
         if len(scores) == len(self.scores):
             self.scores.copy_(scores)
             self.seen.copy_(seen)

@@ -88,7 +88,8 @@ class Totals:
         Raises:
             ValueError: for `Totals.none()` with a group, because they have no device. A rank without pairs can add the
                 totals of a call with 0 pairs.
-            RuntimeError: if another rank does not take part before the timeout of the group.
+            RuntimeError: if another rank does not take part before the timeout of the group; NCCL's watchdog ends the
+                process instead.
         """
         if process_group is None:
             return self

@@ -9,7 +9,7 @@ on the public names of this package, and on its argument checks.
 
 import inspect
 import warnings
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,11 @@ class AMaPOConfig(DPOConfig):
         if self.constant_margin is not None:
             _checks.number("constant_margin", self.constant_margin)
         _ = self.margin  # raises if its options are wrong
+        # If one process read the batches of a streamed data set for all, accelerate would cut them into parts for the
+        # processes. TRL's batches have all chosen responses before the rejected ones: the parts would have wrong pairs.
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config must not have dispatch_batches=True, which would mix up the pairs")
+        self.accelerator_config: Any = replace(self.accelerator_config, dispatch_batches=False)
 
     @classmethod
     def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
@@ -504,10 +509,12 @@ class AMaPOTrainer(DPOTrainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(dataloader, *arguments, metric_key_prefix=metric_key_prefix, **options)
-            pairs = {name: torch.cat([batch[name] for batch in self._evaluated]) for name in self._evaluated[0]}
+            batches = self._evaluated
         finally:
             self._evaluated = None
-        loss, diagnostics = self._loss_of(pairs)
+        if not batches:  # with `dataloader_drop_last`, if there are fewer pairs than in a batch
+            return output
+        loss, diagnostics = self._loss_of({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
         self._replace_metrics("eval", diagnostics.totals())
         return output

@@ -281,6 +281,13 @@ def test_evaluation_gives_the_loss_and_the_summary_of_the_whole_set(
     assert trainer.window.seen == 8 - left_out
 
 
+def test_an_evaluation_without_a_whole_batch_returns_no_loss(tmp_path: Path) -> None:
+    options = {"per_device_eval_batch_size": 4, "dataloader_drop_last": True}
+    metrics = make_trainer(tmp_path, eval_dataset=pairs_with_columns(3), **options).evaluate()
+    assert "eval_runtime" in metrics
+    assert "eval_loss" not in metrics
+
+
 @pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_the_log_has_the_summary_of_all_pairs_since_the_last_log(
     tmp_path: Path, batch_size: int, accumulation_steps: int, monkeypatch: pytest.MonkeyPatch
@@ -511,7 +518,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.support.trl import make_trainer, pairs_with_columns
 import torch
-data = {{"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(7)}}
+held_out = pairs_with_columns(8).to_iterable_dataset() if {streamed} else pairs_with_columns(7)
+data = {{"train_dataset": pairs_with_columns(), "eval_dataset": held_out}}
 options = {{"statistics_window": 12, "per_device_eval_batch_size": 2, **{columns!r}}}
 trainer = make_trainer(Path({folder!r}), max_steps=3, ddp_backend="gloo", **data, **options)
 trainer.train()
@@ -521,13 +529,20 @@ if trainer.accelerator.is_main_process:
 """
 
 
-@pytest.mark.parametrize("columns", [{}, {"weight_column": "importance"}], ids=["no columns", "weights"])
+@pytest.mark.parametrize(
+    ("columns", "streamed"),
+    [({}, False), ({"weight_column": "importance"}, False), ({}, True)],
+    ids=["no columns", "weights", "streamed"],
+)
 def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
-    tmp_path: Path, columns: dict[str, str]
+    tmp_path: Path, columns: dict[str, str], streamed: bool
 ) -> None:
-    """The 7 pairs of the evaluation set are no multiple of the batch, so that accelerate repeats one of them."""
+    """The 7 pairs of the evaluation set are no multiple of the batch, so that accelerate repeats one of them.
+
+    A streamed evaluation set has 8. By default, accelerate would cut its batches into chosen and rejected responses.
+    """
     script = tmp_path / "distributed_run.py"
-    script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path), columns=columns))
+    script.write_text(DISTRIBUTED_RUN.format(root=str(ROOT), folder=str(tmp_path), columns=columns, streamed=streamed))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
         capture_output=True,
@@ -537,8 +552,8 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     logs, state_dict = torch.load(tmp_path / "result.pt", weights_only=False)
-    data = {"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(7)}
-    options = {"statistics_window": 12, "per_device_eval_batch_size": 7, **columns}
+    data = {"train_dataset": pairs_with_columns(), "eval_dataset": pairs_with_columns(8 if streamed else 7)}
+    options = {"statistics_window": 12, "per_device_eval_batch_size": 8, **columns}
     single = make_trainer(tmp_path / "single", max_steps=3, per_device_train_batch_size=8, **data, **options)
     single.train()
     single.evaluate()
@@ -572,6 +587,10 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
         ({"label_smoothing": 0.5}, "label_smoothing must be >= 0 and < 0.5, got 0.5"),
         ({"sft_weight": -1.0}, "sft_weight must be >= 0 and finite, got -1.0"),
         ({"statistics_window": 0}, "statistics_window must be at least 1, got 0"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "accelerator_config must not have dispatch_batches=True, which would mix up the pairs",
+        ),
         ({"floor": -1.0}, "floor must be >= 0 and finite, got -1.0"),
         (
             {"margin_column": "gap", "floor": 0.5},

@@ -4,12 +4,14 @@ import copy
 import io
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -39,9 +41,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none"},
     "released": {"margin": AdaptiveMargin("released"), "label_smoothing": 0.1},
     "supplied": {"statistics": SUPPLIED},
+    "supplied, sum": {"statistics": SUPPLIED, "reduction": "sum"},
     "triton": {"backend": "triton"},
     "triton, sum": {"backend": "triton", "reduction": "sum"},
     "triton, supplied": {"backend": "triton", "statistics": SUPPLIED},
+    "triton, supplied, none": {"backend": "triton", "statistics": SUPPLIED, "reduction": "none"},
     "number": {"margin": 0.4},
     "function": {"margin": standardized},
     "triton, function": {"margin": standardized, "backend": "triton"},
@@ -170,9 +174,12 @@ def call_the_loss_on_rank_0_only(rank: int, group: dist.ProcessGroup) -> None:
     if rank == 0:
         for statistics in (None, ScoreWindow(8), ScoreStatistics.of):
             amapo_loss(*random_logps(4), statistics=statistics)
+        # Here, nothing of the other ranks is needed.
+        for backend in ("torch", "triton"):
+            amapo_loss(*random_logps(4), statistics=SUPPLIED, reduction="sum", process_group=group, backend=backend)
 
 
-def test_there_is_no_collective_without_a_group() -> None:
+def test_there_is_no_collective_without_a_group_or_need() -> None:
     on_ranks(2, call_the_loss_on_rank_0_only, timeout=20)
 
 
@@ -200,6 +207,72 @@ def test_a_window_is_the_same_on_all_ranks_and_in_one_process() -> None:
         for name, value in window.state_dict().items():
             assert torch.equal(state[name], value)
             assert torch.equal(other_state[name], value)
+
+
+def update_a_window_without_a_graph(rank: int, group: dist.ProcessGroup) -> tuple[list[float], Tensor]:
+    """Return the means and the final state. In the second step rank 1 has no pairs, in the third it has no gradient."""
+    window, means = ScoreWindow(8), []
+    for step in range(4):
+        has_graph = rank == 0 or step not in (1, 2)
+        num_pairs = 0 if rank == 1 and step == 1 else 3
+        logps = torch.arange(float(num_pairs)) + 10 * step + 5 * rank
+        logps.requires_grad_(has_graph)
+        output = amapo_loss(logps, torch.zeros(num_pairs), statistics=window, process_group=group)
+        means.append(output.diagnostics.statistics.mean.item())
+    return means, window.get_extra_state()
+
+
+def test_a_rank_without_a_graph_keeps_the_same_window_as_the_others() -> None:
+    (means, state), (other_means, other_state) = on_ranks(2, update_a_window_without_a_graph)
+    assert means == other_means
+    assert torch.equal(state, other_state)
+    assert state[-1] == 6 + 3 + 3 + 6
+
+
+class WithWindow(nn.Module):
+    """A network with the loss and its window inside, as in a LightningModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.loss_fn = small_network(), AMaPOLoss(statistics_window=6)
+
+    def forward(self, features: Tensor) -> Any:
+        return self.loss_fn(*self.network(features).squeeze(1).chunk(2))[0]
+
+    def window_state(self) -> Tensor:
+        assert isinstance(self.loss_fn.statistics, ScoreWindow)
+        return self.loss_fn.statistics.get_extra_state()
+
+
+def load_a_distributed_state(rank: int, group: dist.ProcessGroup) -> None:
+    """Load the window with PyTorch's functions for the state of wrapped, compiled and sharded modules."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, from_rank_0 = (
+        StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast) for broadcast in (False, True)
+    )
+
+    def sharded(module: nn.Module) -> Any:
+        return fully_shard(module, mesh=mesh)
+
+    compiled = partial(torch.compile, backend="eager")
+    for wrap, options in (
+        (DistributedDataParallel, None),
+        (compiled, None),
+        (sharded, whole),
+        (sharded, from_rank_0),
+    ):
+        inner, other = WithWindow(), WithWindow()
+        model, resumed = wrap(inner), wrap(other)
+        model(CHOSEN[:8]).backward()
+        state = get_model_state_dict(model, options=options)
+        is_sent = rank == 0 or options is not from_rank_0
+        set_model_state_dict(resumed, state if is_sent else {}, options=options)
+        assert torch.equal(other.window_state(), inner.window_state())
+        assert inner.window_state()[-1] == 4
+
+
+def test_the_state_of_a_window_is_loaded_with_that_of_a_distributed_module() -> None:
+    on_ranks(2, load_a_distributed_state)
 
 
 # Features of the chosen and of the rejected responses of 24 pairs, which are three batches of 8.
@@ -316,7 +389,7 @@ def copy_a_loss(rank: int, group: dist.ProcessGroup) -> None:
     clone = copy.deepcopy(loss_fn)
     assert clone.process_group is group
     loss_fn(*random_logps(4))
-    assert clone.state_dict()["statistics.seen"] == 0, "the copy has a window of its own"
+    assert clone.state_dict()["statistics._extra_state"][-1] == 0, "the copy has a window of its own"
     assert clone(*random_logps(4))[0].isfinite()
     with pytest.raises(TypeError, match="AMaPOLoss with a process_group cannot be pickled"):
         torch.save(loss_fn, io.BytesIO())

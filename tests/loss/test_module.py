@@ -72,7 +72,7 @@ def test_takes_the_options_of_the_margin_and_the_window_one_by_one() -> None:
     loss_fn = AMaPOLoss(**options)
     assert loss_fn.margin == AdaptiveMargin("released", scaling="linear", floor=0.5)
     assert isinstance(loss_fn.statistics, ScoreWindow)
-    assert loss_fn.state_dict()["statistics.scores"].shape == (16,)
+    assert loss_fn.state_dict()["statistics._extra_state"].shape == (17,)
 
 
 def test_is_constructed_as_the_dpo_loss_of_openrlhf() -> None:

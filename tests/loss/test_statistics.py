@@ -127,8 +127,8 @@ def test_a_window_remembers_scores_only_in_training_mode_and_with_a_gradient() -
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
     loss_fn(*random_logps(5))
     state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    assert state.keys() == {"statistics.scores", "statistics.seen"}
-    assert state["statistics.seen"] == 5
+    assert state.keys() == {"statistics._extra_state"}
+    assert state["statistics._extra_state"][-1] == 5
     loss_fn.eval()
     evaluated = loss_fn(*random_logps(5, seed=1))[0]
     assert all(torch.equal(loss_fn.state_dict()[name], value) for name, value in state.items())
@@ -138,7 +138,7 @@ def test_a_window_remembers_scores_only_in_training_mode_and_with_a_gradient() -
     loss_fn(*(x.detach() for x in random_logps(5, seed=2)))
     assert all(torch.equal(loss_fn.state_dict()[name], value) for name, value in state.items())
     assert torch.equal(loss_fn(*random_logps(5, seed=1))[0], evaluated)
-    assert loss_fn.state_dict()["statistics.seen"] == 10
+    assert loss_fn.state_dict()["statistics._extra_state"][-1] == 10
 
 
 def test_a_resumed_window_gives_the_same_next_loss() -> None:
@@ -201,15 +201,15 @@ def test_the_scores_of_a_window_are_no_buffers() -> None:
     """`.to(torch.bfloat16)` would round buffers, and DDP would overwrite them with those of rank 0."""
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
     loss_fn(200 + random_logps(8)[0], torch.zeros(8))
-    expected = loss_fn.state_dict()["statistics.scores"].clone()
+    expected = loss_fn.state_dict()["statistics._extra_state"].clone()
     assert not list(loss_fn.buffers())
     loss_fn.to(torch.bfloat16)
-    assert torch.equal(loss_fn.state_dict()["statistics.scores"], expected)
+    assert torch.equal(loss_fn.state_dict()["statistics._extra_state"], expected)
 
 
 def test_a_state_without_a_window_is_reported() -> None:
     loss_fn = AMaPOLoss(statistics=ScoreWindow(8))
-    with pytest.raises(RuntimeError, match=r'Missing key.*"statistics.scores", "statistics.seen"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"statistics._extra_state"'):
         loss_fn.load_state_dict({})
     state = loss_fn.state_dict() | {"statistics.other": torch.zeros(1)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"statistics.other"'):

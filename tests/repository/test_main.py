@@ -10,9 +10,7 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, __main__, __version__, _reference
 
-TRITON_WITHOUT_INTERPRETER = (
-    "can run on cuda:0" if torch.cuda.is_available() else "cannot run: PyTorch sees no"
-)
+TRITON_WITHOUT_INTERPRETER = "can run on cuda:0" if torch.cuda.is_available() else "cannot run: PyTorch sees no"
 
 
 @pytest.mark.parametrize(
