@@ -38,19 +38,19 @@ def unavailable_reason() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot trace the rest
 def run_on(device: torch.device) -> bool:
     """Return whether tensors on this device take the kernels, if the caller leaves the choice to the library."""
-    return device.type == "cuda" and _can_run_on(device)
+    # ROCm is left out because the barrier within a block does not wait for loads there. A gradient that is written over
+    # its logits could overwrite some that another thread has yet to read.
+    if device.type != "cuda" or torch.version.hip is not None or WHY_NO_TRITON is not None:
+        return False
+    # torch.compile cannot trace the check, and needs a Triton that starts for its own kernels.
+    return torch.compiler.is_compiling() or _triton_starts_on(device)
 
 
 @cache
-def _can_run_on(device: torch.device) -> bool:
-    """Return whether the kernels can run on a GPU. Warn if Triton is there and cannot start."""
-    # ROCm is left out because the barrier within a block does not wait for loads there. A gradient that is written over
-    # its logits could overwrite some that another thread has yet to read.
-    if WHY_NO_TRITON is not None or torch.version.hip is not None:
-        return False
+def _triton_starts_on(device: torch.device) -> bool:
+    """Return whether Triton starts on a GPU and can compile the kernels for it. Warn if it does not start."""
     try:
         if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
             return False
@@ -58,7 +58,7 @@ def _can_run_on(device: torch.device) -> bool:
 
         driver.active.get_current_target()  # compiles a module in C, unless a cache has it
     except Exception as error:  # without a C compiler, or without Python's headers
-        warnings.warn(f"amapo_loss uses PyTorch, because Triton cannot start: {error}", stacklevel=2)
+        warnings.warn(f"amapo_loss uses PyTorch, because Triton cannot start: {error}", stacklevel=3)
         return False
     return True
 

@@ -325,12 +325,12 @@ def test_the_message_says_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch)
 
 def takes_triton_on_a_gpu() -> bool:
     """Return whether float32 tensors on a GPU take Triton, which must be the same for the loss and the log-probs."""
-    kernels._can_run_on.cache_clear()
+    kernels._triton_starts_on.cache_clear()
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     options = LossOptions(2.0, 0.0, AdaptiveMargin(), None, None, "mean", "auto")
     takes_triton = functional._uses_triton(Pairs(on_gpu, on_gpu), options)
     assert _online_lse.uses_triton(on_gpu) == takes_triton
-    kernels._can_run_on.cache_clear()
+    kernels._triton_starts_on.cache_clear()
     return takes_triton
 
 
