@@ -381,6 +381,10 @@ PRETRAINED_REASONING: dict[str, tuple[str, ...]] = {
     "all held-out pairs, by the loss's own score": ("held out, own score",),
     "log-prob of correct solutions": ("chosen log-prob",),
 }
+PRETRAINED_ABLATION = {title: PRETRAINED_RANKING[title] for title in ("validation pairs", "held-out pairs")} | {
+    "GSM8K pairs": PRETRAINED_OTHERS["GSM8K pairs"],
+    "log-prob of chosen answers": ("chosen log-prob",),
+}
 MODELS_REASONING = {title: keys for title, keys in PRETRAINED_REASONING.items() if keys[0] != "authors"}
 
 
@@ -545,6 +549,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "studies_tuned/reasoning",
         {**TUNED, "simpo, with SFT": "SFT alone", "amapo, paper, with SFT": "AMaPO, paper, with SFT"},
     ),
+    "pretrained-ablation": partial(pretrained_table, "studies_pretrained/ablation", PRETRAINED_ABLATION),
     "pretrained-rates": partial(
         rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
     ),
