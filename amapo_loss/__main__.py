@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amapo_loss import AdaptiveMargin, __version__, amapo_loss
 from amapo_loss._checks import Backend
-from amapo_loss.kernels import interpreted, run_on, unavailable_reason
+from amapo_loss.kernels import chosen_for, interpreted, unavailable_reason
 
 BATCH_SIZES = (1, 2, 7, 64, 1000)
 MARGINS: tuple[AdaptiveMargin | float, ...] = (AdaptiveMargin(), AdaptiveMargin("released"), 0.5)
@@ -40,7 +40,7 @@ def main() -> int:
         with_triton = ["cpu"]
         print("  triton  can run interpreted, on the CPU")
     else:
-        with_triton = [device for device in devices if run_on(torch.device(device))]  # warns if Triton cannot start
+        with_triton = [device for device in devices if chosen_for(torch.device(device))]  # warns if Triton cannot start
         print(f"  triton  can run on {', '.join(with_triton) or 'none of these devices'}")
 
     runs: list[tuple[Backend, str]] = [("torch", device) for device in devices]

@@ -282,7 +282,7 @@ def _with_checked_tensors(options: LossOptions, pairs: Pairs) -> LossOptions:
 def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     """Return whether the kernel computes these pairs; raise if `backend="triton"` cannot compute them."""
     backend, device = options.backend, pairs.chosen_logps.device
-    if backend == "torch" or (backend == "auto" and not kernels.run_on(device)):
+    if backend == "torch" or (backend == "auto" and not kernels.chosen_for(device)):
         return False
     in_forward_mode = _checks.has_tangent(*pairs.logps())
     if backend == "triton" and in_forward_mode:

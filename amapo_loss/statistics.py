@@ -166,8 +166,8 @@ class ScoreWindow(nn.Module):
         self._move(scores.device)
         size, values = len(self.scores), scores.detach().to(sum_dtype(scores.device))
         finite = values.abs() <= torch.finfo(self.scores.dtype).max  # False for NaN
-        # Whether to store is decided by each rank for its own scores, and is gathered with them: a rank without pairs
-        # may have no graph.
+        # All ranks must store the same scores. They may differ in whether a gradient is wanted, because a rank without
+        # pairs may have no graph. So each sends whether its own scores are to be stored.
         stores = self.training and scores.requires_grad
         flag = values.new_full((1,), float(stores))
         rows = all_gather_row(torch.cat([moments(values, finite), flag, _newest(values, finite, size)]), process_group)
@@ -178,7 +178,7 @@ class ScoreWindow(nn.Module):
         in_window = age < torch.minimum(self.seen, size - counts.sum())
         stored_moments = moments(self.scores, in_window)
         merged = merge_moments(torch.cat([moments_of_ranks, stored_moments[None]]))
-        if stores or process_group is not None:
+        if stores or process_group is not None:  # another rank's scores may be stored even if this rank's are not
             kept = counts * flags
             candidates = torch.cat([self.scores[None], newest_of_ranks])
             present = age < torch.cat([self.seen[None], kept]).unsqueeze(1)

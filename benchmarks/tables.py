@@ -311,7 +311,8 @@ def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> st
             continue
         rate = format_rate(treatment["learning_rate"] or study["settings"]["learning_rate"])
         rows.append([name, rate, *(spread(runs, name, keys) for keys in columns.values())])
-        by_own_score = [spread(runs, name, own_score_keys(keys)) for keys in columns.values()]
+        own_keys = [own_score_keys(keys) for keys in columns.values()]
+        by_own_score = [spread(runs, name, keys) if keys else "" for keys in own_keys]
         if treatment["loss"] == "dpo" and any(by_own_score):
             rows.append([f"{name}, by its own score", rate, *by_own_score])
     return markdown(("", "learning rate", *columns), rows)
@@ -328,12 +329,12 @@ def spread(runs: list[Run], treatment: str, keys: tuple[str, ...]) -> str:
     return f"{values.mean():.1f} ({values.std():.1f})" if len(values) > 1 else f"{values.mean():.1f}"
 
 
-def own_score_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the keys of the same accuracy by the loss's own score. They lead to nothing if there is no such metric."""
+def own_score_keys(keys: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the keys of the same accuracy of a style or a further file by the loss's own score, or None."""
     group, *rest = keys
     if group == "styles":
         return (group, rest[0], "own score", rest[1])
-    return (*keys[:-1], "own score") if group == "further" and keys[-1] == "accuracy" else ("none",)
+    return (*keys[:-1], "own score") if group == "further" and keys[-1] == "accuracy" else None
 
 
 def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) -> dict[str, float]:
@@ -468,11 +469,10 @@ def size_ranking_table() -> str:
     runs_by_size = [[Run.from_json(entry) for entry in study["runs"]] for study in studies]
     rows = []
     for name in treatment_names(runs_by_size[0]):
-        titles = {name: "held out"}
-        if name not in studies[0]["treatments"]:
-            titles = {"before preference training": "held out"}
-        elif studies[0]["treatments"][name]["loss"] == "dpo":
-            titles |= {f"{name}, by its own score": "held out, own score"}
+        treatment = studies[0]["treatments"].get(name)  # None: the checkpoints
+        titles = {name if treatment else "before preference training": "held out"}
+        if treatment and treatment["loss"] == "dpo":
+            titles[f"{name}, by its own score"] = "held out, own score"
         for title, key in titles.items():
             cells = [spread(runs, name, (column,)) for runs in runs_by_size for column in (key, "chosen log-prob")]
             rows.append((title, *cells))

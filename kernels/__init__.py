@@ -38,8 +38,8 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def run_on(device: torch.device) -> bool:
-    """Return whether tensors on this device take the kernels, if the caller leaves the choice to the library."""
+def chosen_for(device: torch.device) -> bool:
+    """Return whether `backend="auto"` and the log-prob functions take the kernels for tensors on this device."""
     # ROCm is left out because the barrier within a block does not wait for loads there. A gradient that is written over
     # its logits could overwrite some that another thread has yet to read.
     if device.type != "cuda" or torch.version.hip is not None or WHY_NO_TRITON is not None:
@@ -64,5 +64,5 @@ def _triton_starts_on(device: torch.device) -> bool:
 
 
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU instead of compiling them. It takes the same words."""
+    """Return whether Triton interprets its kernels on the CPU, by the words that it accepts."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -36,9 +36,8 @@ from amapo_loss import kernels
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 BLOCK_MULTIPLE = 128  # the length of a block is a multiple of this, which suits matrix units, unless one block is all
 ROW_MULTIPLE = 8  # rows are padded to a multiple of 8 numbers: in bfloat16, 16 bytes, which matrix units load at once
-# PyTorch exponentiates some rows of a tile at a time, because that takes a copy of them: this many on a CPU, and rows
-# with this many numbers on a GPU, where each operation is a launch.
-CPU_LSE_ROWS, LSE_ELEMENTS = 64, 2**24
+CPU_LSE_ROWS = 64  # rows that are exponentiated at a time on a CPU, because that takes a copy of them
+GPU_LSE_ELEMENTS = 2**24  # as many numbers at a time on a GPU without Triton, where each operation is a launch
 
 
 class OnlineLSE(NamedTuple):
@@ -150,7 +149,7 @@ def check_target_ids(
 
 def uses_triton(tensor: Tensor) -> bool:
     """Return whether Triton processes this tensor."""
-    return tensor.dtype != torch.float64 and kernels.run_on(tensor.device)
+    return tensor.dtype != torch.float64 and kernels.chosen_for(tensor.device)
 
 
 def transform_unless_triton(
@@ -187,7 +186,7 @@ def update(
     tile_target_logit = z.gather(1, column).squeeze(1)
     state.target_logit.copy_(torch.where(in_tile, tile_target_logit, state.target_logit))
     z.scatter_(1, column, tile_target_logit.masked_fill(in_tile, -inf).unsqueeze(1))  # leave the target out of the sum
-    rows = CPU_LSE_ROWS if z.device.type == "cpu" else max(LSE_ELEMENTS // z.shape[1], 1)
+    rows = CPU_LSE_ROWS if z.device.type == "cpu" else max(GPU_LSE_ELEMENTS // z.shape[1], 1)
     for block in blocks(len(z), rows):
         _add_columns(state.select(block), z[block])
 

@@ -109,7 +109,7 @@ def chosen_logp(answers: AnswerLogps) -> float:
 
 
 def share_of(is_true: Tensor, indices: list[int] | None = None) -> float | None:
-    """Return the share of True among [N] bool, or among those at the indices. It is None if there are none of them."""
+    """Return the share of True among [N] bool, at the indices if they are given; None if that selects nothing."""
     selected = is_true if indices is None else is_true[indices]
     return selected.double().mean().item() if len(selected) else None
 

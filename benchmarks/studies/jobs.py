@@ -309,9 +309,10 @@ def code_digest() -> str:
 
 
 def run_files() -> list[Path]:
-    """Return the files that compute a run: the library without its trainer, the kernels, and `RUN_MODULES`."""
-    package, kernel_folder, folder = (Path(file).parent for file in (amapo_loss.__file__, kernels.__file__, __file__))
-    library = {*package.rglob("*.py"), *kernel_folder.glob("*.py")} - {package / "trl.py", package / "__main__.py"}
+    """Return the files whose change makes stored runs stale. The library's trainer and self-check compute no run."""
+    package, folder = Path(amapo_loss.__file__).parent, Path(__file__).parent
+    kernel_files = Path(kernels.__file__).parent.glob("*.py")  # in a clone, they are not inside the package
+    library = {*package.rglob("*.py"), *kernel_files} - {package / "trl.py", package / "__main__.py"}
     return [*sorted(library), *(folder / f"{name}.py" for name in RUN_MODULES)]
 
 
