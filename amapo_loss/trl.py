@@ -43,6 +43,7 @@ except (ImportError, RuntimeError) as error:
 
 # What this file overrides, calls or sets in DPOTrainer. A version string would not say whether it is there.
 _METHODS = (
+    "_inner_training_loop",
     "_compute_loss",
     "compute_ref_log_probs",
     "_set_signature_columns_if_needed",
@@ -76,6 +77,7 @@ _OPTIONS_OF_OTHER_LOSSES = (
     "f_alpha_divergence_coef",
     "use_weighting",
     "discopop_tau",
+    "label_smoothing_factor",
 )
 _OPTIONS_OF_THE_MARGIN = tuple(f.name for f in fields(AdaptiveMargin))
 _OPTIONS_OF_A_REFERENCE = (
@@ -130,14 +132,18 @@ class AMaPOConfig(DPOConfig):
             has the scores of this micro-batch and of the ones before it, on all processes, up to this number. Choose it
             near the number of pairs per optimizer step on all processes. None takes the statistics of each micro-batch
             on all processes.
+        metric_for_best_model: what `load_best_model_at_end` and the scheduler `reduce_lr_on_plateau` look at.
+            Transformers takes the evaluation loss if this is None. With an adaptive margin, this loss grows while the
+            model improves, so `"rewards/accuracies"` takes its place.
 
     Raises:
         TypeError: if a value has a wrong type.
         ValueError: if a value is out of range; if an option is set that belongs to another loss of `DPOTrainer`
             (`loss_type`, `loss_weights`, `ld_alpha`, `f_divergence_type`, `f_alpha_divergence_coef`, `use_weighting`,
-            `discopop_tau`); if an option of the reference (`precompute_ref_log_probs`, `sync_ref_model` and their own
-            options) is set together with `reference_free`; if an option of the adaptive margin is set together with
-            `constant_margin` or `margin_column`, or both of these are set.
+            `discopop_tau`, `label_smoothing_factor`); if `include_for_metrics` has "loss"; if an option of the
+            reference (`precompute_ref_log_probs`, `sync_ref_model` and their own options) is set together with
+            `reference_free`; if an option of the adaptive margin is set together with `constant_margin` or
+            `margin_column`, or both of these are set.
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
@@ -165,7 +171,11 @@ class AMaPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        metric = self.metric_for_best_model
         super().__post_init__()
+        if metric is None and self.metric_for_best_model == "loss" and self.has_adaptive_margin:
+            self.metric_for_best_model: Any = "rewards/accuracies"
+            self.greater_is_better: Any = True
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
         forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
@@ -176,6 +186,8 @@ class AMaPOConfig(DPOConfig):
                 forbidden |= dict.fromkeys(_OPTIONS_OF_THE_MARGIN, reason)
         if self.margin_column is not None:
             forbidden["constant_margin"] = "has no effect, because margin_column gives the margins"
+        if "sft" in self.loss_type:
+            forbidden["loss_type"] = "belongs to another loss of DPOTrainer; for SFT beside this loss, set sft_weight"
         for name, reason in forbidden.items():
             if name not in defaults:  # not every TRL has all of these options
                 continue
@@ -189,6 +201,10 @@ class AMaPOConfig(DPOConfig):
             _checks.integer("statistics_window", self.statistics_window, at_least=1)
         if self.constant_margin is not None:
             _checks.number("constant_margin", self.constant_margin)
+        if "loss" in self.include_for_metrics:
+            raise ValueError(
+                'include_for_metrics must not have "loss", because an evaluation has one loss for all pairs'
+            )
         _ = self.margin  # raises if its options are wrong
         # If one process read the batches of a streamed data set for all, accelerate would cut them into parts for the
         # processes. TRL's batches have all chosen responses before the rejected ones: the parts would have wrong pairs.
@@ -200,8 +216,9 @@ class AMaPOConfig(DPOConfig):
     def of(cls, dpo_config: DPOConfig, **options: Any) -> "AMaPOConfig":
         """Return a configuration with the values of a `DPOConfig`, and the given options of this class.
 
-        With averaged log-probs, a beta that a `DPOConfig` leaves at its default of 0.1 becomes 2.0. An `AMaPOConfig`
-        keeps its own.
+        With averaged log-probs, a beta that a `DPOConfig` leaves at its default of 0.1 becomes 2.0. A
+        `metric_for_best_model` of "loss" counts as not given where `DPOConfig` sets it by itself. An `AMaPOConfig`
+        keeps its own values.
 
         Raises:
             TypeError: if `dpo_config` is not a `DPOConfig`.
@@ -212,10 +229,18 @@ class AMaPOConfig(DPOConfig):
         # `to_dict` would mask tokens and turn objects into text.
         names = [f.name for f in fields(cls) if f.init and hasattr(dpo_config, f.name)]
         values = {name: getattr(dpo_config, name) for name in names}
-        is_default = not isinstance(dpo_config, AMaPOConfig) and dpo_config.beta == DPOConfig.beta
-        if is_default and options.get("length_average", True):
-            del values["beta"]
+        if not isinstance(dpo_config, AMaPOConfig):
+            if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
+                del values["beta"]
+            sets_metric = dpo_config.load_best_model_at_end or dpo_config.lr_scheduler_type == "reduce_lr_on_plateau"
+            if sets_metric and dpo_config.metric_for_best_model == "loss":
+                del values["metric_for_best_model"]
         return cls(**values | options)
+
+    @property
+    def has_adaptive_margin(self) -> bool:
+        """Whether the margins are made from the statistics of the scores."""
+        return self.constant_margin is None and self.margin_column is None
 
     @property
     def margin(self) -> AdaptiveMargin | float:
@@ -334,10 +359,10 @@ class AMaPOTrainer(DPOTrainer):
             self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size)
-        # TRL's own loss always runs, because it fills the metrics. With sft_weight > 0 it is the SFT loss. Otherwise it
-        # is the DPO loss times 0.
-        self.loss_types = ["sft"] if args.sft_weight else ["sigmoid"]
-        self.loss_weights = [args.sft_weight]
+        # TRL's computation of its loss always runs, because it fills the metrics and has the auxiliary loss. The loss
+        # is the SFT loss with sft_weight > 0, and otherwise the sum of none.
+        self.loss_types = ["sft"] if args.sft_weight else []
+        self.loss_weights = [args.sft_weight] if args.sft_weight else []
         self._totals = Totals.none()  # of the pairs of this process since the last log
         self._evaluated: list[dict[str, Tensor]] | None = None  # the pairs of an evaluation so far, one entry per batch
 
@@ -356,15 +381,20 @@ class AMaPOTrainer(DPOTrainer):
     def _warn(self) -> None:
         """Warn of settings with which training runs, but not as intended."""
         args = self.args
-        is_adaptive = args.constant_margin is None and args.margin_column is None
-        if is_adaptive and not args.length_average and args.beta >= 1:
+        if args.has_adaptive_margin and not args.length_average and args.beta >= 1:
             warnings.warn(
                 f"beta={args.beta:g} is meant for averaged log-probs, and length_average is False: with sums, margins "
                 "grow beyond all bounds. Start with beta=0.1.",
                 stacklevel=3,
             )
         pairs = args.per_device_train_batch_size * self.accelerator.num_processes
-        if is_adaptive and pairs == 1 and args.statistics_window is None:
+        if args.has_adaptive_margin and args.metric_for_best_model in ("loss", "eval_loss"):
+            warnings.warn(
+                f"metric_for_best_model={args.metric_for_best_model!r} prefers early checkpoints, because the loss "
+                "grows with the margins while the model improves: leave it out, or take 'rewards/accuracies'",
+                stacklevel=3,
+            )
+        if args.has_adaptive_margin and pairs == 1 and args.statistics_window is None:
             warnings.warn(
                 f"every micro-batch has a single pair, so all margins are {args.floor:g}: set statistics_window to the "
                 "number of pairs per optimizer step",
@@ -405,14 +435,22 @@ class AMaPOTrainer(DPOTrainer):
     def ref_model(self, model: Any) -> None:
         self._ref_model = None if model is _NO_REFERENCE else model
 
+    def _inner_training_loop(self, batch_size: int | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as `DPOTrainer` does. Of an earlier training, or one that ran out of memory, no score is left."""
+        self._totals = Totals.none()
+        if self.window is not None:
+            self.window.reset()
+        return super()._inner_training_loop(batch_size, *arguments, **options)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         logps: list[Tensor] = []
 
         def recording_model(*arguments: Any, **options: Any) -> Any:
             outputs = _with_float32_logps(model)(*arguments, **options)
-            logps.append(_summed_logps(outputs, inputs))
+            if not logps:  # DPOTrainer calls the model again where `compute_metrics` needs the logits
+                logps.append(_summed_logps(outputs, inputs))
             if not self.args.sft_weight and not _has_log_probs(outputs):
-                outputs.logits = outputs.logits.detach()  # TRL's loss is multiplied by 0: no gradient is wanted for it
+                outputs.logits = outputs.logits.detach()  # no loss of TRL's has a gradient
             return outputs
 
         # With reference log-probs in its inputs, DPOTrainer makes no forward pass for them.
@@ -521,15 +559,22 @@ class AMaPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
-        if self.model.training and logs.keys().isdisjoint(("loss", "train_loss")):
+        is_training, is_of_training = self.model.training, not logs.keys().isdisjoint(("loss", "train_loss"))
+        if is_training and not is_of_training:
             # These are values of a callback. It may run on one process only, so nothing is gathered for them.
             super(DPOTrainer, self).log(logs, start_time)
             return
-        if self.model.training and self._totals:
+        if is_of_training and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             self._replace_metrics("train", self._totals.reduced(group))
             self._totals = Totals.none()
+        # DPOTrainer logs the metrics of the mode of the model, and an evaluation leaves the model in its own.
+        follows_evaluation = is_of_training and not is_training
+        if follows_evaluation:
+            self.model.train()
         super().log(logs, start_time)
+        if follows_evaluation:
+            self.model.eval()
 
     def _replace_metrics(self, mode: str, totals: Totals) -> None:
         """Put the summary in place of the metrics that `DPOTrainer` has collected, batch by batch, for its next log."""

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies raise many warnings about themselves
 
 # These modules import TRL, so they must come after the lines that skip this file where TRL is not installed.
+from amapo_loss import trl as amapo_loss_trl  # noqa: E402
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
 from tests.support.trl import (  # noqa: E402
@@ -366,6 +367,7 @@ def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_averag
     [
         ({"length_average": False}, "beta=2 is meant for averaged log-probs, and length_average is False"),
         ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' prefers early checkpoints"),
         (
             {"train_dataset": pairs(8).add_column("weight", [1.0] * 8)},
             "column 'weight'.*: set weight_column='weight' to",
@@ -417,6 +419,120 @@ def test_a_micro_batch_whose_pairs_are_all_left_out_has_the_loss_0(tmp_path: Pat
     assert log["loss"] == log["grad_norm"] == 0
     assert all(math.isfinite(value) for value in log.values())
     assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+class KeepsTheBest(NamedTuple):
+    """What a configuration that keeps the best model looks at."""
+
+    metric_for_best_model: str
+    greater_is_better: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "KeepsTheBest":
+        return cls(config.metric_for_best_model, config.greater_is_better)
+
+
+def test_the_best_model_is_that_of_the_highest_accuracy(tmp_path: Path) -> None:
+    """The evaluation loss grows with the margins while the model improves."""
+    from trl import DPOConfig
+
+    options = {"eval_steps": 4, "save_steps": 4, "eval_strategy": "steps", "save_strategy": "steps"}
+    best = {"load_best_model_at_end": True, **options}
+    trainer = make_trainer(tmp_path, eval_dataset=pairs(8), max_steps=12, learning_rate=1e-2, **best)
+    assert KeepsTheBest.of(trainer.args) == ("rewards/accuracies", True)
+    trainer.train()
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert evaluations[-1]["eval_loss"] > 2 * evaluations[0]["eval_loss"]
+    assert evaluations[-1]["eval_amapo/score_mean"] > evaluations[0]["eval_amapo/score_mean"]
+    assert trainer.state.best_metric == max(log["eval_rewards/accuracies"] for log in evaluations)
+
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    by_loss, by_accuracy = ("loss", False), ("rewards/accuracies", True)
+    for config, expected in (
+        (AMaPOConfig(**common), (None, None)),
+        (AMaPOConfig(**common, constant_margin=0.5, **best), by_loss),
+        (AMaPOConfig(**common, metric_for_best_model="loss", **best), by_loss),
+        (AMaPOConfig(**common, lr_scheduler_type="reduce_lr_on_plateau", **options), by_accuracy),
+        (AMaPOConfig.of(DPOConfig(**common, **best)), by_accuracy),
+        (AMaPOConfig.of(DPOConfig(**common, **best), constant_margin=0.5), by_loss),
+        (AMaPOConfig.of(DPOConfig(**common, metric_for_best_model="loss")), by_loss),
+    ):
+        assert KeepsTheBest.of(config) == expected
+
+
+def test_a_training_log_after_an_evaluation_has_the_summary_of_the_training(tmp_path: Path) -> None:
+    """At the end of an epoch, Hugging Face evaluates after the last step and before it logs the epoch."""
+    strategies = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_dataset=pairs(5), **strategies)
+    num_pairs = []
+    replace_metrics = trainer._replace_metrics
+
+    def recording(mode: str, totals: Totals) -> None:
+        num_pairs.append((mode, totals.values[0].item()))
+        replace_metrics(mode, totals)
+
+    trainer._replace_metrics = recording
+    trainer.train()
+    training_logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(training_logs) == 2
+    assert all("rewards/margins" in log and "amapo/score_mean" in log for log in training_logs)
+    assert [n for mode, n in num_pairs if mode == "train"] == [24, 24]
+    assert not any("eval_loss" not in log and "eval_rewards/margins" in log for log in trainer.state.log_history)
+
+
+def test_a_training_starts_without_the_scores_of_an_earlier_one(tmp_path: Path) -> None:
+    """It may be a second call of `train`, or the next try after memory ran out (`auto_find_batch_size`)."""
+    options = {"statistics_window": 64, "max_steps": 1, "gradient_accumulation_steps": 2, "auto_find_batch_size": True}
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=8, **options)
+    training_step, fails = trainer.training_step, True
+
+    def failing_step(model: Any, inputs: Any, *arguments: Any, **others: Any) -> Any:
+        nonlocal fails
+        if fails:
+            fails = False
+            trainer.compute_loss(model.train(), inputs)
+            raise RuntimeError("CUDA out of memory.")
+        return training_step(model, inputs, *arguments, **others)
+
+    trainer.training_step = failing_step
+    for _ in range(2):
+        trainer.train()
+        assert trainer.window.seen == 2 * trainer._train_batch_size < 16
+
+
+def test_a_pair_of_weight_0_may_have_an_infinite_log_prob(tmp_path: Path) -> None:
+    """The head of a model may exclude tokens. TRL's own loss of such a pair would be infinite, also times 0."""
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4))
+    rows = [dict(row, importance=1.0) for row in pairs(8)]
+    rows[2] |= {"chosen": "~", "importance": 0.0}
+    dataset = pairs(0).from_list(rows)
+    columns = {"train_dataset": dataset, "eval_dataset": dataset, "weight_column": "importance"}
+    trainer = make_trainer(tmp_path, model, per_device_train_batch_size=8, logging_nan_inf_filter=False, **columns)
+    (excluded, *_) = trainer.processing_class("~")["input_ids"]
+    with torch.no_grad():
+        model.lm_head.bias[excluded] = -torch.inf
+    trainer.train()
+    for log in trainer.state.log_history[:2]:
+        assert math.isfinite(log["loss"])
+        assert (log["amapo/nonfinite"], log["amapo/left_out"]) == (0, 1)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_an_evaluation_computes_the_log_probs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DPOTrainer` calls the model again where `compute_metrics` needs the logits."""
+    num_calls, summed = 0, amapo_loss_trl._summed_logps
+
+    def counting(*arguments: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return summed(*arguments)
+
+    monkeypatch.setattr(amapo_loss_trl, "_summed_logps", counting)
+    options = {"compute_metrics": lambda _: {}, "eval_dataset": pairs(8), "per_device_eval_batch_size": 4}
+    make_trainer(tmp_path, **options).evaluate()
+    assert num_calls == 2
 
 
 def test_a_callback_may_log_values_of_its_own(tmp_path: Path) -> None:
@@ -576,6 +692,15 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
             {"loss_type": ["ipo"]},
             "loss_type belongs to another loss of DPOTrainer: leave it at ['sigmoid'], got ['ipo']",
         ),
+        (
+            {"loss_type": ["sigmoid", "sft"]},
+            "loss_type belongs to another loss of DPOTrainer; for SFT beside this loss, set sft_weight: leave it at",
+        ),
+        (
+            {"label_smoothing_factor": 0.1},
+            "label_smoothing_factor belongs to another loss of DPOTrainer: leave it at 0",
+        ),
+        ({"include_for_metrics": ["loss"]}, 'include_for_metrics must not have "loss"'),
         ({"use_weighting": True}, "use_weighting belongs to another loss of DPOTrainer: leave it at False, got True"),
         (
             {"precompute_ref_log_probs": True},
@@ -680,7 +805,7 @@ def test_a_trainer_with_the_config_of_a_dpo_config_trains_as_with_its_own(tmp_pa
     [
         (
             "class DPOConfig: pass\nclass DPOTrainer:\n    def log(self): pass\n    def evaluation_loop(self): pass\n",
-            "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _compute_loss and no compute_ref_log_probs "
+            "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _inner_training_loop and no _compute_loss and no compute_ref_log_probs "
             "and no _set_signature_columns_if_needed and no _save_optimizer_and_scheduler "
             "and no _load_optimizer_and_scheduler: run `pip install 'trl>=1.0,<1.17'`",
         ),

@@ -94,7 +94,14 @@ def make_trainer(
     """
     trainer_arguments = {
         name: options.pop(name)
-        for name in ("peft_config", "train_dataset", "eval_dataset", "ref_model", "processing_class")
+        for name in (
+            "peft_config",
+            "train_dataset",
+            "eval_dataset",
+            "ref_model",
+            "processing_class",
+            "compute_metrics",
+        )
         if name in options
     }
     defaults = {
