@@ -128,11 +128,11 @@ def number(
         raise ValueError(f"{name} must be {' and '.join(conditions)}, got {value}")
 
 
-def integer(name: str, value: object, *, at_least: int) -> None:
-    """Raise unless `value` is an int >= `at_least`."""
+def integer(name: str, value: object, *, at_least: int | None = None) -> None:
+    """Raise unless `value` is an int, and not below `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {_describe(value)}")
-    if value < at_least:
+    if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 

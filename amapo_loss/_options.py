@@ -41,10 +41,15 @@ class LossOptions(NamedTuple):
         elif isinstance(self.margin, Tensor):
             _checks.real_tensor("margin", self.margin)
         elif not isinstance(self.margin, AdaptiveMargin):
-            expected = "an AdaptiveMargin, a number, a tensor with one entry per pair, or a function"
+            expected = (
+                "an AdaptiveMargin such as AdaptiveMargin('released'), a number, a tensor with one entry per pair, "
+                "or a function"
+            )
             _checks.function("margin", self.margin, expected)
         if not (self.statistics is None or isinstance(self.statistics, ScoreStatistics)):
-            _checks.function("statistics", self.statistics, "ScoreStatistics or a callable estimator")
+            _checks.function(
+                "statistics", self.statistics, "ScoreStatistics, or a callable estimator such as ScoreWindow(128)"
+            )
         if self.process_group is not None:
             _checks.process_group("process_group", self.process_group)
         _checks.choice("reduction", self.reduction, Reduction)

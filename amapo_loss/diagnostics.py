@@ -19,7 +19,8 @@ class Diagnostics(NamedTuple):
     r"""Results of one loss call for each pair, and a summary to log. A loss returns it; you do not construct it.
 
     All tensors are detached and on the device of the log-probs. They are float32, or float64 if a log-prob is float64.
-    What the backend did not need for the loss is computed when you read it, so that it costs nothing otherwise.
+    What the backend did not need for the loss is computed when you read it, so that it costs nothing otherwise. Until
+    then, do not change the tensors in place that the loss was given.
 
     Attributes:
         pairs: the tensors that the loss was given.
@@ -118,7 +119,7 @@ class Diagnostics(NamedTuple):
             return Totals(self.total_values)
         pairs, counted = self.pairs.prepared(), self.pairs.counted()
         scores, chosen_rewards, rejected_rewards = self._rewards()
-        n, correct, misranked = len(scores), scores > 0, scores <= 0
+        n, correct, misranked = scores.shape[0], scores > 0, scores <= 0
         gradient_weights = _reference.gradient_weights(scores, self.margins, self.label_smoothing)
         columns = (
             scores,

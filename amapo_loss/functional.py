@@ -414,7 +414,7 @@ def _reduce(
         losses = weights * losses
     if reduction == "none":
         return losses
-    if reduction == "sum" or len(losses) == 0:  # the sum of no losses is 0 and backpropagates, their mean is NaN
+    if reduction == "sum" or losses.shape[0] == 0:  # the sum of no losses is 0 and backpropagates, their mean is NaN
         return losses.sum()
     if rank_moments is not None:
         # DDP and FSDP divide the sum of the ranks' gradients by the number of ranks, so multiply by it here.

@@ -116,7 +116,8 @@ class ScoreWindow(nn.Module):
     (`scores.requires_grad`). Evaluation and reference passes leave it as it is. Stored scores come from an earlier
     policy, so choose `size` near the number of pairs per optimizer step, summed over all ranks. Each forward pass with
     gradients stores its scores, so keep the loss out of what runs forward again: a region under activation
-    checkpointing, or the closure of an optimizer such as LBFGS.
+    checkpointing, or the closure of an optimizer such as LBFGS. A batch that is tried again after an error, as when
+    memory ran out, is stored twice.
 
     With a process group, the scores of all ranks are gathered and ordered by rank. This adds one all-gather of
     `size` + 4 numbers per rank. Every rank stores the same scores, those of the ranks that want a gradient, so that the
@@ -151,6 +152,7 @@ class ScoreWindow(nn.Module):
     seen: Tensor
     """0-dim int64, the number of scores to store that came since the last reset, or since another size was loaded."""
 
+    @torch.inference_mode(False)  # tensors that are made in this mode could not be written to outside of it
     def __init__(self, size: int) -> None:
         super().__init__()
         _checks.integer("size", size, at_least=1)

@@ -110,6 +110,7 @@ def sequence_logps(
     """
     _checks.floating_tensor("logits", logits)
     _check_labels("logits", logits, "V", labels)
+    _checks.integer("ignore_index", ignore_index)
     advice = (
         "if each rank has sequences of its own, pass logits.to_local(), and if the vocabulary is split as well, put it "
         "on the mesh of the vocabulary with DTensor.from_local(logits.to_local(), mesh, [Shard(-1)])"
@@ -217,6 +218,7 @@ def linear_sequence_logps(
     """
     _checks.floating_tensor("hidden", hidden)
     _check_labels("hidden", hidden, "H", labels)
+    _checks.integer("ignore_index", ignore_index)
     hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
     packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
     labels = _predicted_labels(labels, ignore_index, packing, shift)

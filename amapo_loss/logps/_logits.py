@@ -50,10 +50,10 @@ def _logit_statistics(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the entropies [N * T] or [0], the local target ids, target_logit, max_rest and sum_rest [N * T]."""
-    counted_ids = torch.where(labels != ignore_index, labels, 0).flatten()
-    shard = vocab_shard(logits.shape[2], counted_ids, group_name)
-    _online_lse.check_target_ids(counted_ids, shard.vocab_size)
-    local_ids = shard.localize(_target_ids(labels, ignore_index))
+    target_ids = _target_ids(labels, ignore_index)
+    shard = vocab_shard(logits.shape[2], target_ids, group_name)
+    _online_lse.check_target_ids(torch.where(labels != ignore_index, labels, 0).flatten(), shard.vocab_size)
+    local_ids = shard.localize(target_ids)
     state = OnlineLSE.start(local_ids, accumulation_dtype(logits), with_entropy)
     if _online_lse.uses_triton(logits):
         _online_lse.update(state, logits, 0, NO_TRANSFORM)

@@ -42,7 +42,7 @@ class Packing(NamedTuple):
         _check_integers("cu_seqlens", cu_seqlens, labels.device)
         if cu_seqlens.ndim != 1 or not len(cu_seqlens):
             raise ValueError(f"cu_seqlens must be [S + 1], which begins with 0, got shape {tuple(cu_seqlens.shape)}")
-        return cls(_sequence_of_positions(cu_seqlens, labels.numel()), len(cu_seqlens) - 1)
+        return cls(_sequence_of_positions(cu_seqlens, labels.numel()), cu_seqlens.shape[0] - 1)
 
     @classmethod
     def _of_position_ids(

@@ -172,6 +172,7 @@ def test_the_operator_passes_opcheck() -> None:
             {"position_ids": torch.arange(4)[None], "cu_seqlens": torch.tensor([0, 4])},
             "cu_seqlens must be None if position_ids is given",
         ),
+        ({"ignore_index": None}, "ignore_index must be an int, got NoneType"),
         ({"cu_seqlens": torch.tensor([0, 4], device="meta")}, "cu_seqlens is on meta, expected the device of labels"),
     ],
     ids=str,

@@ -294,6 +294,9 @@ def messages(rank: int, group: Any) -> dict[str, str]:
         "other targets": lambda: linear_token_logps(hidden, shard(weight), targets + rank),
         "other lengths": lambda: linear_token_logps(hidden[rank:], shard(weight), targets[rank:]),
         "other labels": lambda: sequence_logps(shard(head.logits(), Shard(2)), labels.roll(rank, 1)),
+        "an ignored label": lambda: sequence_logps(
+            shard(head.logits(), Shard(2)), torch.zeros_like(labels).index_fill(0, torch.tensor(0), -100 * rank)
+        ),
         "a target outside": lambda: linear_token_logps(hidden, shard(weight), targets + 27),
         "a bias of another length": lambda: linear_token_logps(hidden, local, targets, bias, vocab_group=group),
     }
@@ -328,6 +331,7 @@ def test_errors() -> None:
         "other targets": other_tokens,
         "other lengths": other_tokens,
         "other labels": other_tokens,
+        "an ignored label": other_tokens,
         "a target outside": "IndexError: token ids must be in [0, 30), got 30",
         "a bias of another length": "ValueError: bias must be (15,), one entry per vocabulary token",
     }

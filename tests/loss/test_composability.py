@@ -108,6 +108,17 @@ def test_two_graphs_serve_every_batch_size() -> None:
     assert num_graphs <= 2
 
 
+def test_an_exported_loss_takes_any_batch_size() -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, chosen_logps: torch.Tensor, rejected_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss, diagnostics = amapo_loss(chosen_logps, rejected_logps)
+            return {"loss": loss} | diagnostics.summary()
+
+    example, other = ([x.detach() for x in random_logps(n)] for n in (8, 13))
+    exported = torch.export.export(Loss(), tuple(example), dynamic_shapes=({0: torch.export.Dim("B", min=3)},) * 2)
+    torch.testing.assert_close(exported.module()(*other), Loss()(*other))
+
+
 @every_loss
 def test_func_grad_agrees_with_backward(loss_fn: Any) -> None:
     inputs = random_logps(9)

@@ -85,17 +85,22 @@ AMAPO_OPTIONS: list[Case] = [
     (
         {"margin": "paper"},
         TypeError,
-        "margin must be an AdaptiveMargin, a number, a tensor with one entry per pair, or a function, got str",
+        "margin must be an AdaptiveMargin such as AdaptiveMargin('released'), a number, a tensor with one entry per "
+        "pair, or a function, got str",
     ),
     ({"margin": AdaptiveMargin}, TypeError, "or a function, got the class AdaptiveMargin"),
     ({"margin": True}, TypeError, "margin must be a Python number, got bool"),
     ({"margin": math.nan}, ValueError, "margin must be finite, got nan"),
     ({"margin": LOGPS > 0}, TypeError, "margin must be an integer or floating tensor, got a tensor of torch.bool"),
-    ({"statistics": (0.0, 1.0)}, TypeError, "statistics must be ScoreStatistics or a callable estimator, got tuple"),
+    (
+        {"statistics": 128},
+        TypeError,
+        "statistics must be ScoreStatistics, or a callable estimator such as ScoreWindow(128), got int",
+    ),
     (
         {"statistics": ScoreWindow},
         TypeError,
-        "statistics must be ScoreStatistics or a callable estimator, got the class ScoreWindow",
+        "callable estimator such as ScoreWindow(128), got the class ScoreWindow",
     ),
     (
         {"process_group": "world"},

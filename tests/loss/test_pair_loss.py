@@ -188,6 +188,20 @@ def test_the_gradient_is_computed_only_if_it_is_needed() -> None:
     differentiable.apply.assert_not_called()
 
 
+def test_the_constant_log_probs_may_come_from_inference_mode() -> None:
+    """Autograd cannot save such tensors. A loop that computes its reference in this mode runs on the CPU, too."""
+    chosen, rejected = random_logps(9)
+    with torch.inference_mode():
+        references = [torch.randn(9), torch.randn(9)]
+    expected = gradients(amapo_loss(chosen, rejected, *references), [chosen, rejected])
+    actual = gradients(triton_loss(chosen, rejected, *references), [chosen, rejected])
+    torch.testing.assert_close(actual, expected)
+    with torch.inference_mode():
+        frozen = torch.randn(9)
+    expected = gradients(amapo_loss(chosen, frozen, *references), [chosen])
+    torch.testing.assert_close(gradients(triton_loss(chosen, frozen, *references), [chosen]), expected)
+
+
 def test_a_second_derivative_raises() -> None:
     chosen, rejected = random_logps(9)
     for loss in (triton_loss(chosen, rejected).loss, triton_loss(chosen, rejected).loss ** 2):

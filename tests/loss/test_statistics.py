@@ -191,6 +191,13 @@ def test_a_window_that_moves_in_inference_mode_can_be_trained_with() -> None:
     window(torch.empty(2, device="meta", requires_grad=True))
 
 
+def test_a_window_that_is_made_in_inference_mode_can_be_trained_with() -> None:
+    with torch.inference_mode():
+        window = ScoreWindow(4)
+    assert window(torch.tensor([1.0, 2.0], requires_grad=True)).count == 2
+    assert window.seen == 2
+
+
 def test_a_window_ignores_scores_beyond_float32() -> None:
     window = ScoreWindow(4)
     window(torch.tensor([1.0, 1e39], dtype=torch.float64, requires_grad=True))
