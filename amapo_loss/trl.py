@@ -302,6 +302,12 @@ def _summed_logps(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     return sequence_logps(outputs.logits[:, -labels.shape[1] :], labels, average=False)
 
 
+def _numbers(totals: Totals) -> dict[str, float]:
+    """Return the summary as Python numbers, with one wait for the device."""
+    summary = totals.summary()
+    return dict(zip(summary, torch.stack(list(summary.values())).tolist()))
+
+
 # From TRL 1.6 on, `compute_ref_log_probs` takes the reference model. Before, it takes that of the trainer.
 _REFERENCE_IS_AN_ARGUMENT = "model" in inspect.signature(DPOTrainer.compute_ref_log_probs).parameters
 # Up to TRL 1.14, `use_liger_kernel` leads to a DPO loss in one of these: the first up to 1.13, the second in 1.14.
@@ -554,7 +560,9 @@ class AMaPOTrainer(DPOTrainer):
             return output
         loss, diagnostics = self._loss_of({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
-        self._replace_metrics("eval", diagnostics.totals())
+        for key, value in _numbers(diagnostics.totals()).items():
+            self._metrics["eval"].pop(key, None)  # DPOTrainer's, an average over the batches
+            output.metrics[f"{metric_key_prefix}_{key}"] = value
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -566,7 +574,7 @@ class AMaPOTrainer(DPOTrainer):
             return
         if is_of_training and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-            self._replace_metrics("train", self._totals.reduced(group))
+            self._metrics["train"] |= {key: [value] for key, value in _numbers(self._totals.reduced(group)).items()}
             self._totals = Totals.none()
         # DPOTrainer logs the metrics of the mode of the model, and an evaluation leaves the model in its own.
         follows_evaluation = is_of_training and not is_training
@@ -575,12 +583,6 @@ class AMaPOTrainer(DPOTrainer):
         super().log(logs, start_time)
         if follows_evaluation:
             self.model.eval()
-
-    def _replace_metrics(self, mode: str, totals: Totals) -> None:
-        """Put the summary in place of the metrics that `DPOTrainer` has collected, batch by batch, for its next log."""
-        summary = totals.summary()
-        for key, value in zip(summary, torch.stack(list(summary.values())).tolist()):
-            self._metrics[mode][key] = [value]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -282,6 +282,19 @@ def test_evaluation_gives_the_loss_and_the_summary_of_the_whole_set(
     assert trainer.window.seen == 8 - left_out
 
 
+def test_each_of_several_evaluation_sets_has_the_summary_under_its_name(tmp_path: Path) -> None:
+    sets = {"first": pairs(5), "second": pairs(9).select(range(5, 9))}
+    trainer = make_trainer(tmp_path, eval_dataset=sets)
+    metrics = trainer.evaluate()
+    for name, dataset in sets.items():
+        alone = make_trainer(tmp_path, eval_dataset=dataset).evaluate()
+        for key in ("loss", "rewards/margins", "rewards/accuracies", "amapo/score_std"):
+            assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-5)
+    assert "eval_rewards/margins" not in metrics
+    predicted = trainer.predict(trainer.eval_dataset["first"]).metrics
+    assert predicted["test_rewards/margins"] == pytest.approx(metrics["eval_first_rewards/margins"], rel=1e-5)
+
+
 def test_an_evaluation_without_a_whole_batch_returns_no_loss(tmp_path: Path) -> None:
     options = {"per_device_eval_batch_size": 4, "dataloader_drop_last": True}
     metrics = make_trainer(tmp_path, eval_dataset=pairs_with_columns(3), **options).evaluate()
@@ -460,23 +473,24 @@ def test_the_best_model_is_that_of_the_highest_accuracy(tmp_path: Path) -> None:
         assert KeepsTheBest.of(config) == expected
 
 
-def test_a_training_log_after_an_evaluation_has_the_summary_of_the_training(tmp_path: Path) -> None:
+def test_a_training_log_after_an_evaluation_has_the_summary_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the end of an epoch, Hugging Face evaluates after the last step and before it logs the epoch."""
     strategies = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_dataset=pairs(5), **strategies)
-    num_pairs = []
-    replace_metrics = trainer._replace_metrics
+    num_pairs, numbers = [], amapo_loss_trl._numbers
 
-    def recording(mode: str, totals: Totals) -> None:
-        num_pairs.append((mode, totals.values[0].item()))
-        replace_metrics(mode, totals)
+    def recording(totals: Totals) -> dict[str, float]:
+        num_pairs.append(totals.values[0].item())
+        return numbers(totals)
 
-    trainer._replace_metrics = recording
+    monkeypatch.setattr(amapo_loss_trl, "_numbers", recording)
     trainer.train()
     training_logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(training_logs) == 2
     assert all("rewards/margins" in log and "amapo/score_mean" in log for log in training_logs)
-    assert [n for mode, n in num_pairs if mode == "train"] == [24, 24]
+    assert num_pairs == [5, 5, 24] * 2, "two evaluations and the training log of each epoch"
     assert not any("eval_loss" not in log and "eval_rewards/margins" in log for log in trainer.state.log_history)
 
 
@@ -805,7 +819,8 @@ def test_a_trainer_with_the_config_of_a_dpo_config_trains_as_with_its_own(tmp_pa
     [
         (
             "class DPOConfig: pass\nclass DPOTrainer:\n    def log(self): pass\n    def evaluation_loop(self): pass\n",
-            "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _inner_training_loop and no _compute_loss and no compute_ref_log_probs "
+            "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _inner_training_loop and no _compute_loss "
+            "and no compute_ref_log_probs "
             "and no _set_signature_columns_if_needed and no _save_optimizer_and_scheduler "
             "and no _load_optimizer_and_scheduler: run `pip install 'trl>=1.0,<1.17'`",
         ),

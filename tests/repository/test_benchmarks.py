@@ -258,17 +258,20 @@ def test_head_prints_tables_and_writes_json_and_picture(
 
 
 def test_runs_writes_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mistakes must also be visible in the diagnostics of the first step."""
+    """Mistakes must also be visible in the first step."""
     out = tmp_path / "runs.json"
     small = ["--imitation-steps", "30", "--steps", "3", "--batch-size", "16", "--pairs", "64"]
     monkeypatch.setattr(sys, "argv", ["runs", *small, "--out", str(out)])
     runs.main()
     results = json.loads(out.read_text())
     first_steps = {run: dict(zip(results["metrics"], history[0])) for run, history in results["runs"].items()}
-    assert first_steps.keys() == runs.RUNS.keys()
+    assert first_steps.keys() == runs.runs(batch_size=16).keys()
     healthy, summed, swapped = (first_steps[run] for run in ("healthy", "summed log-probs", "swapped answers"))
     assert swapped["rewards/accuracies"] == pytest.approx(1 - healthy["rewards/accuracies"])
     assert summed["amapo/margin_mean"] > healthy["amapo/margin_mean"]
+    assert first_steps["beta 0.1"]["loss"] < healthy["loss"]
+    last_steps = {run: dict(zip(results["metrics"], history[-1])) for run, history in results["runs"].items()}
+    assert last_steps["window of 16 steps"]["loss"] != last_steps["healthy"]["loss"], "the window has other scores"
     assert out.with_suffix(".png").exists()
 
 

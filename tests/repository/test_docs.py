@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from benchmarks import tables
 from tests.frameworks.test_frameworks import FRAMEWORKS
@@ -30,7 +31,7 @@ EXAMPLES = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
     if not re.search(rf"^from ({'|'.join(FRAMEWORKS)})\b", code, flags=re.MULTILINE)
 ]
-ON_RANKS = [example for example in EXAMPLES if re.search("init_device_mesh|fully_shard", example.code)]
+ON_RANKS = [example for example in EXAMPLES if re.search("init_device_mesh|DistributedDataParallel", example.code)]
 
 
 def example_containing(text: str, page: str) -> str:
@@ -74,10 +75,13 @@ REPLACEMENTS = {
 def run_on_a_rank(rank: int, group: Any, code: str, folder: Path) -> list[torch.Tensor]:
     """Run an example for several ranks, and return the gradients of its hidden states and its weight."""
     names = names_of_the_reader(folder) if "model" in code else {}
+    if "policy" in code:  # the ranks have different batches
+        names["loader"] = [names["collate"]([rank])]
     exec(code, names)
     if "policy" in names:
         names["chosen_logps"].sum().backward()
-        return [names["model"].lm_head.weight.grad.full_tensor()]
+        gradient = names["model"].lm_head.weight.grad
+        return [gradient.full_tensor() if isinstance(gradient, DTensor) else gradient]
     return [names["hidden"].grad, names["weight"].grad.full_tensor()]
 
 
@@ -87,6 +91,23 @@ def test_the_example_runs_on_two_ranks(example: Example, tmp_path: Path) -> None
     for gradient, other in zip(of_first, of_second):
         assert torch.equal(gradient, other)
         assert gradient.any()
+
+
+def test_the_head_under_ddp_and_fsdp2_has_the_mean_gradient_of_the_ranks(tmp_path: Path) -> None:
+    code = example_containing("class LogProbs", "logps.md")
+    under_ddp, _ = on_ranks(2, run_on_a_rank, code, tmp_path)
+    sharded = "from torch.distributed.fsdp import fully_shard\n" + code.replace(
+        "DistributedDataParallel(", "fully_shard("
+    )
+    under_fsdp2, _ = on_ranks(2, run_on_a_rank, sharded, tmp_path)
+    names = names_of_the_reader(tmp_path)
+    for rank in range(2):
+        names["loader"] = [names["collate"]([rank])]
+        exec(code.replace("DistributedDataParallel(", "("), names)
+        names["chosen_logps"].sum().backward()
+    expected = names["model"].lm_head.weight.grad / 2
+    torch.testing.assert_close(under_ddp[0], expected)
+    torch.testing.assert_close(under_fsdp2[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +122,7 @@ def test_the_example_runs(example: Example, tmp_path: Path) -> None:
     if not uses_a_model:
         exec(code, {})
         return
-    for module in ("trl", "transformers", "lightning"):
+    for module in ("trl", "transformers", "lightning", "accelerate"):
         pytest.importorskip(module)
     for original, replacement in REPLACEMENTS.items():
         code = code.replace(original, replacement)
@@ -111,7 +132,8 @@ def test_the_example_runs(example: Example, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # the frameworks warn about their own next versions
         exec(code, names)
     model = getattr(names["model"], "module", names["model"])  # Fabric wraps the model
-    assert not torch.equal(model.lm_head.weight, before), "the example trains the model"
+    trains = "no_grad" not in code
+    assert torch.equal(model.lm_head.weight, before) is not trains, "the example trains the model, or evaluates it"
 
 
 def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
