@@ -24,6 +24,8 @@ class Example(NamedTuple):
     code: str
 
 
+AFTER = "# after the example above"  # the first line of an example that needs the names of the one before it
+
 # tests/frameworks runs the recipes for the frameworks.
 EXAMPLES = [
     Example(page.name, number, code)
@@ -59,6 +61,7 @@ def names_of_the_reader(folder: Path) -> dict[str, Any]:
         "pairs": list(range(4)),
         "collate": collate,
         "loader": torch.utils.data.DataLoader(list(range(2)), batch_size=1, collate_fn=collate),
+        "held_out_loader": torch.utils.data.DataLoader(list(range(2)), batch_size=1, collate_fn=collate),
         "FOLDER": str(folder),
     }
 
@@ -67,7 +70,9 @@ def names_of_the_reader(folder: Path) -> dict[str, Any]:
 REPLACEMENTS = {
     'AMaPOConfig(\n    "out"': 'AMaPOConfig(FOLDER, use_cpu=True, bf16=False, max_steps=1, report_to="none"',
     'TrainingArguments("out"': 'TrainingArguments(FOLDER, use_cpu=True, max_steps=2, logging_steps=1, report_to="none"',
-    "Trainer(max_epochs=1)": 'Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)',
+    "Trainer(max_epochs=1,": 'Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,',
+    "accumulation_steps, window, totals = 16,": "accumulation_steps, window, totals = 2,",
+    "Accelerator(gradient_accumulation_steps=16)": "Accelerator(gradient_accumulation_steps=2, cpu=True)",
     "Fabric()": 'Fabric(accelerator="cpu", devices=1)',
 }
 
@@ -118,8 +123,12 @@ def test_the_head_under_ddp_and_fsdp2_has_the_mean_gradient_of_the_ranks(tmp_pat
 def test_the_example_runs(example: Example, tmp_path: Path) -> None:
     code = example.code
     assert code.count("\n") <= 25, "an example fits on one screen"
-    uses_a_model = "model" in {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    if not uses_a_model:
+    if code.startswith(AFTER):
+        previous = EXAMPLES[EXAMPLES.index(example) - 1]
+        assert previous.page == example.page
+        code = previous.code + code
+    names_used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    if not {"model", "tokenizer"} & names_used:
         exec(code, {})
         return
     for module in ("trl", "transformers", "lightning", "accelerate"):
@@ -132,8 +141,9 @@ def test_the_example_runs(example: Example, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # the frameworks warn about their own next versions
         exec(code, names)
     model = getattr(names["model"], "module", names["model"])  # Fabric wraps the model
-    trains = "no_grad" not in code
-    assert torch.equal(model.lm_head.weight, before) is not trains, "the example trains the model, or evaluates it"
+    trains = re.search(r"optimizer\.step\(\)|\.fit\(|\)\.train\(\)|trainer\.train\(\)", code) is not None
+    assert torch.equal(model.lm_head.weight, before) is not trains
+    assert trains or "def collate" in code
 
 
 def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +151,23 @@ def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.Capt
     exec(first, {})
     (expected,) = re.findall(r"print\(diagnostics.margins\)  # (tensor\(.*?\)):", first)
     assert capsys.readouterr().out.startswith(expected)
+
+
+def test_the_collator_of_the_recipe_masks_prompts_and_padding_and_has_the_chosen_responses_first(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("trl")
+    names = names_of_the_reader(tmp_path)
+    exec(example_containing("def collate(rows", "recipes.md"), names)
+    rows, tokenizer = list(names["dataset"]), names["tokenizer"]
+    batch = names["collate"](rows)
+    expected = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    texts = [row["prompt"] + response for row, response in zip(rows * 2, expected)]
+    for ids, mask, labels, text, response in zip(*batch.values(), texts, expected):
+        assert tokenizer.decode(ids[mask.bool()]) == text + tokenizer.eos_token
+        assert tokenizer.decode(labels[labels != -100]) == response + tokenizer.eos_token
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+    assert next(iter(names["loader"])).keys() == batch.keys()
 
 
 def test_the_trainer_recipe_logs_evaluation_under_names_of_its_own(tmp_path: Path) -> None:
