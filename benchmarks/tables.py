@@ -386,6 +386,11 @@ PRETRAINED_ABLATION = {title: PRETRAINED_RANKING[title] for title in ("validatio
     "GSM8K pairs": PRETRAINED_OTHERS["GSM8K pairs"],
     "log-prob of chosen answers": ("chosen log-prob",),
 }
+PRETRAINED_BATCH_SIZE = {
+    "held-out pairs": PRETRAINED_RANKING["held-out pairs"],
+    "error of the gradient weights": ("gradient error",),
+    "log-prob of chosen answers": ("chosen log-prob",),
+}
 MODELS_REASONING = {title: keys for title, keys in PRETRAINED_REASONING.items() if keys[0] != "authors"}
 
 
@@ -550,6 +555,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {**TUNED, "simpo, with SFT": "SFT alone", "amapo, paper, with SFT": "AMaPO, paper, with SFT"},
     ),
     "pretrained-ablation": partial(pretrained_table, "studies_pretrained/ablation", PRETRAINED_ABLATION),
+    "pretrained-batch-size": partial(pretrained_table, "studies_pretrained/batch-size", PRETRAINED_BATCH_SIZE),
     "pretrained-rates": partial(
         rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
     ),

@@ -235,7 +235,9 @@ def plot_means(
     if drawn:
         x, mean, std = zip(*drawn)
         axes.errorbar(x, mean, [spread or 0 for spread in std], marker="o", capsize=3, label=label)
-    axes.set_title("mean and standard deviation over the seeds", fontsize=SMALL_FONT)
+    num_seeds = len({run.seed for run in runs})
+    marks = "one seed" if num_seeds == 1 else "mean and standard deviation over the seeds"
+    axes.set_title(marks, fontsize=SMALL_FONT)
 
 
 def summed_curve(runs: list[Run], treatment: str, *names: str) -> Tensor:
