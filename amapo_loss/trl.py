@@ -87,6 +87,7 @@ _OPTIONS_OF_A_REFERENCE = (
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
 )
+_SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # of Transformers; they look at `metric_for_best_model`
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
 _CITATION = """@inproceedings{deng2026amapo,
@@ -132,9 +133,9 @@ class AMaPOConfig(DPOConfig):
             has the scores of this micro-batch and of the ones before it, on all processes, up to this number. Choose it
             near the number of pairs per optimizer step on all processes. None takes the statistics of each micro-batch
             on all processes.
-        metric_for_best_model: what `load_best_model_at_end` and the scheduler `reduce_lr_on_plateau` look at.
-            Transformers takes the evaluation loss if this is None. With an adaptive margin, this loss grows while the
-            model improves, so `"rewards/accuracies"` takes its place.
+        metric_for_best_model: what `load_best_model_at_end` and the schedulers `reduce_lr_on_plateau` and `greedy` look
+            at. Transformers takes the evaluation loss if this is None. With an adaptive margin, this loss grows while
+            the model improves, so `"rewards/accuracies"` takes its place, and the schedulers get the mode `"max"`.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -171,11 +172,14 @@ class AMaPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        metric = self.metric_for_best_model
+        given_metric = self.metric_for_best_model
         super().__post_init__()
-        if metric is None and self.metric_for_best_model == "loss" and self.has_adaptive_margin:
+        # Transformers fills in the loss, which grows with adaptive margins while the model improves.
+        if given_metric is None and self.metric_for_best_model == "loss" and self.has_adaptive_margin:
             self.metric_for_best_model: Any = "rewards/accuracies"
             self.greater_is_better: Any = True
+            if self.lr_scheduler_type in _SCHEDULERS_BY_METRIC:  # they minimize it, whatever greater_is_better says
+                self.lr_scheduler_kwargs: Any = {**(self.lr_scheduler_kwargs or {}), "mode": "max"}
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
         forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
@@ -232,7 +236,7 @@ class AMaPOConfig(DPOConfig):
         if not isinstance(dpo_config, AMaPOConfig):
             if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
                 del values["beta"]
-            sets_metric = dpo_config.load_best_model_at_end or dpo_config.lr_scheduler_type == "reduce_lr_on_plateau"
+            sets_metric = dpo_config.load_best_model_at_end or dpo_config.lr_scheduler_type in _SCHEDULERS_BY_METRIC
             if sets_metric and dpo_config.metric_for_best_model == "loss":
                 del values["metric_for_best_model"]
         return cls(**values | options)
@@ -302,7 +306,7 @@ def _summed_logps(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     return sequence_logps(outputs.logits[:, -labels.shape[1] :], labels, average=False)
 
 
-def _numbers(totals: Totals) -> dict[str, float]:
+def _summary_as_floats(totals: Totals) -> dict[str, float]:
     """Return the summary as Python numbers, with one wait for the device."""
     summary = totals.summary()
     return dict(zip(summary, torch.stack(list(summary.values())).tolist()))
@@ -456,7 +460,7 @@ class AMaPOTrainer(DPOTrainer):
             if not logps:  # DPOTrainer calls the model again where `compute_metrics` needs the logits
                 logps.append(_summed_logps(outputs, inputs))
             if not self.args.sft_weight and not _has_log_probs(outputs):
-                outputs.logits = outputs.logits.detach()  # no loss of TRL's has a gradient
+                outputs.logits = outputs.logits.detach()  # TRL would keep their log-probs for a backward pass
             return outputs
 
         # With reference log-probs in its inputs, DPOTrainer makes no forward pass for them.
@@ -560,7 +564,7 @@ class AMaPOTrainer(DPOTrainer):
             return output
         loss, diagnostics = self._loss_of({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
         output.metrics[f"{metric_key_prefix}_loss"] += loss.item()
-        for key, value in _numbers(diagnostics.totals()).items():
+        for key, value in _summary_as_floats(diagnostics.totals()).items():
             self._metrics["eval"].pop(key, None)  # DPOTrainer's, an average over the batches
             output.metrics[f"{metric_key_prefix}_{key}"] = value
         return output
@@ -574,7 +578,9 @@ class AMaPOTrainer(DPOTrainer):
             return
         if is_of_training and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-            self._metrics["train"] |= {key: [value] for key, value in _numbers(self._totals.reduced(group)).items()}
+            self._metrics["train"] |= {
+                key: [value] for key, value in _summary_as_floats(self._totals.reduced(group)).items()
+            }
             self._totals = Totals.none()
         # DPOTrainer logs the metrics of the mode of the model, and an evaluation leaves the model in its own.
         follows_evaluation = is_of_training and not is_training

@@ -473,19 +473,39 @@ def test_the_best_model_is_that_of_the_highest_accuracy(tmp_path: Path) -> None:
         assert KeepsTheBest.of(config) == expected
 
 
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_that_looks_at_the_accuracy_maximizes_it(tmp_path: Path, scheduler: str) -> None:
+    if scheduler not in {str(x.value) for x in transformers.SchedulerType}:
+        pytest.skip("this Transformers has no such scheduler")
+    options = {"max_steps": 6, "learning_rate": 3e-4, "eval_strategy": "steps", "eval_steps": 1}
+    swapped = pairs().rename_columns(
+        {"chosen": "rejected", "rejected": "chosen"}
+    )  # which the model ranks wrong at first
+    datasets = {"train_dataset": swapped, "eval_dataset": swapped}
+    trainer = make_trainer(tmp_path, lr_scheduler_type=scheduler, **datasets, **options)
+    trainer.train()
+    accuracies = [log["eval_rewards/accuracies"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert min(accuracies) < max(accuracies)
+    assert trainer.lr_scheduler.best == max(accuracies)
+    by_loss = AMaPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, constant_margin=0.5, lr_scheduler_type=scheduler, **options
+    )
+    assert "mode" not in (by_loss.lr_scheduler_kwargs or {})
+
+
 def test_a_training_log_after_an_evaluation_has_the_summary_of_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the end of an epoch, Hugging Face evaluates after the last step and before it logs the epoch."""
     strategies = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_dataset=pairs(5), **strategies)
-    num_pairs, numbers = [], amapo_loss_trl._numbers
+    num_pairs, numbers = [], amapo_loss_trl._summary_as_floats
 
     def recording(totals: Totals) -> dict[str, float]:
         num_pairs.append(totals.values[0].item())
         return numbers(totals)
 
-    monkeypatch.setattr(amapo_loss_trl, "_numbers", recording)
+    monkeypatch.setattr(amapo_loss_trl, "_summary_as_floats", recording)
     trainer.train()
     training_logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(training_logs) == 2
