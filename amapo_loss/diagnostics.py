@@ -20,7 +20,7 @@ class Diagnostics(NamedTuple):
 
     All tensors are detached and on the device of the log-probs. They are float32, or float64 if a log-prob is float64.
     What the backend did not need for the loss is computed when you read it, so that it costs nothing otherwise. Until
-    then, do not change the tensors in place that the loss was given.
+    then, do not change the inputs of the loss in place.
 
     Attributes:
         pairs: the tensors that the loss was given.

@@ -207,7 +207,7 @@ class AMaPOConfig(DPOConfig):
             _checks.number("constant_margin", self.constant_margin)
         if "loss" in self.include_for_metrics:
             raise ValueError(
-                'include_for_metrics must not have "loss", because an evaluation has one loss for all pairs'
+                'include_for_metrics must not have "loss", because an evaluation computes one loss for all pairs'
             )
         _ = self.margin  # raises if its options are wrong
         # If one process read the batches of a streamed data set for all, accelerate would cut them into parts for the
@@ -370,7 +370,7 @@ class AMaPOTrainer(DPOTrainer):
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size)
         # TRL's computation of its loss always runs, because it fills the metrics and has the auxiliary loss. The loss
-        # is the SFT loss with sft_weight > 0, and otherwise the sum of none.
+        # itself is the SFT loss with sft_weight > 0, and otherwise 0, the sum over an empty list.
         self.loss_types = ["sft"] if args.sft_weight else []
         self.loss_weights = [args.sft_weight] if args.sft_weight else []
         self._totals = Totals.none()  # of the pairs of this process since the last log
@@ -446,7 +446,7 @@ class AMaPOTrainer(DPOTrainer):
         self._ref_model = None if model is _NO_REFERENCE else model
 
     def _inner_training_loop(self, batch_size: int | None = None, *arguments: Any, **options: Any) -> Any:
-        """Train as `DPOTrainer` does. Of an earlier training, or one that ran out of memory, no score is left."""
+        """Train as `DPOTrainer` does, without the scores of an earlier training or of a try that ran out of memory."""
         self._totals = Totals.none()
         if self.window is not None:
             self.window.reset()
@@ -582,7 +582,7 @@ class AMaPOTrainer(DPOTrainer):
                 key: [value] for key, value in _summary_as_floats(self._totals.reduced(group)).items()
             }
             self._totals = Totals.none()
-        # DPOTrainer logs the metrics of the mode of the model, and an evaluation leaves the model in its own.
+        # DPOTrainer logs the metrics of the mode that the model is in, and an evaluation leaves it in evaluation mode.
         follows_evaluation = is_of_training and not is_training
         if follows_evaluation:
             self.model.train()

@@ -842,8 +842,8 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        # For their dtypes, and for the error of a second derivative. The others may be tensors that cannot be saved,
-        # such as the log-probs of a reference from inference mode.
+        # Backward needs the dtypes of these inputs, and the error of a second derivative needs the tensors. The others
+        # may be tensors that cannot be saved, such as the log-probs of a reference from inference mode.
         differentiated = (x if needed else None for x, needed in zip(inputs[:4], ctx.needs_input_grad))
         ctx.save_for_backward(output[1], *differentiated)
         ctx.mark_non_differentiable(*output[1:])
