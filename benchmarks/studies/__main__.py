@@ -27,7 +27,7 @@ from benchmarks.studies.data import count_trained_prompts, name_of
 from benchmarks.studies.evaluation import BANDS, indices_by_source, indices_in_band
 from benchmarks.studies.jobs import Settings, load, new_model
 from benchmarks.studies.report import draw_tuning, print_table, print_tuning, tabulate
-from benchmarks.studies.studies import STUDIES
+from benchmarks.studies.studies import STUDIES, draw_accuracy
 from benchmarks.studies.sweep import Run, Workers, available_cores, start_workers, sweep
 
 matplotlib.use("Agg")  # draws without a display, which servers do not have
@@ -183,6 +183,13 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         "with the highest accuracy on the validation pairs after one run",
     )
     parser.add_argument(
+        "--treatments",
+        nargs="+",
+        metavar="NAME",
+        help="run only these treatments, by their names in the study's table; the picture is then a plain one of their "
+        "accuracies (default: all)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="dtype of the matrix products of --model; weights and sums stay in float32 (default: bfloat16 where the "
@@ -239,6 +246,10 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
             parser.error(f"the generated pairs of {name} need the built-in model; with --model, give --data and --eval")
         if args.max_prompt or args.max_answer:
             parser.error(f"--max-prompt and --max-answer cannot be set for the generated pairs of {name}")
+    for name in args.studies:
+        if unknown := {*(args.treatments or ())} - {*STUDIES[name].treatments}:
+            known = ", ".join(map(repr, STUDIES[name].treatments))
+            parser.error(f"--treatments has {sorted(unknown)[0]!r}, but the treatments of {name} are {known}")
     names = [*RESERVED_NAMES, *map(name_of, [*args.rm_bench, *args.also_eval])]
     if repeated := [name for name in names if names.count(name) > 1]:
         parser.error(f"no file of --rm-bench and --also-eval can be called {repeated[0]}: this name is already taken")
@@ -317,7 +328,9 @@ def run_study(
         if args.scale != "smoke":
             defaults = study.generated_defaults.items()
             settings = replace(settings, **{option: v for option, v in defaults if getattr(args, option) is None})
-    console.print(f"{name}: {study.question} {len(study.treatments)} treatments, {seeds} seeds")
+    selected = args.treatments or study.treatments
+    treatments = {treatment: fields for treatment, fields in study.treatments.items() if treatment in selected}
+    console.print(f"{name}: {study.question} {len(treatments)} treatments, {seeds} seeds")
     data = load(settings)
     for group, num_truncated in data.num_truncated.items():
         if num_truncated:
@@ -331,7 +344,7 @@ def run_study(
             console.print(
                 f"{count} entries of the evaluation ({group}) have a prompt that is trained on, with other answers"
             )
-    result = sweep(settings, study.treatments, seeds, workers, args.store, args.device, args.learning_rates)
+    result = sweep(settings, treatments, seeds, workers, args.store, args.device, args.learning_rates)
     runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
         "asks": study.question,
@@ -380,6 +393,7 @@ def report_study(console: Console, name: str, path: Path) -> None:
     """
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
+    is_whole = {*study.treatments} <= {run.treatment for run in runs}  # not after --treatments
     table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared)
     if tuning := record.get(TUNING):  # the key is missing in files of earlier versions
         print_tuning(console, tuning)
@@ -387,10 +401,13 @@ def report_study(console: Console, name: str, path: Path) -> None:
     record["table, mean and standard deviation over the seeds"] = table
     record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table
     write_record(path, record)
-    if remark := study.remark(runs):
+    if is_whole and (remark := study.remark(runs)):
         console.print(remark)
     figure = plt.figure(figsize=(11, study.picture_height))
-    study.draw(figure, runs)
+    if is_whole:
+        study.draw(figure, runs)
+    else:
+        draw_accuracy(figure, runs, study.baseline)
     figure.suptitle(study.question, fontsize=11)
     figure.tight_layout(rect=(0, study.legend_share, 1, 1))
     pictures = {path.with_suffix(".png"): figure}

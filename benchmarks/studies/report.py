@@ -88,8 +88,8 @@ def tabulate(
 ) -> dict[str, dict[str, Summary]]:
     """Return the table of a study: the summary of every column, by treatment.
 
-    The last column, "over BASELINE", summarizes the differences in `compared` from the baseline. Each difference is
-    between two runs with the same seed, that is, from the same checkpoint.
+    The last column, "over BASELINE", summarizes the differences in `compared` from the baseline, if that has run. Each
+    difference is between two runs with the same seed, that is, from the same checkpoint.
 
     Args:
         runs: the runs of all treatments.
@@ -98,11 +98,11 @@ def tabulate(
         other_baselines: the treatment that a treatment is compared with instead, for some of them.
         compared: what is compared, by default the held-out accuracy.
     """
-    rows = {}
-    for name in treatment_names(runs):
+    rows, names = {}, treatment_names(runs)
+    for name in names:
         row = {title: summarize(seed_values(runs, name, column)) for title, column in columns.items()}
         of_name = other_baselines.get(name, baseline)
-        if name not in (of_name, IMITATION):
+        if of_name in names and name not in (of_name, IMITATION):
             differences = seed_values(runs, name, compared) - seed_values(runs, of_name, compared)
             row[f"over {baseline}"] = summarize(differences)
         rows[name] = row
@@ -192,7 +192,7 @@ def format_rate(rate: float) -> str:
 def plot_seeds(axes: Axes, runs: list[Run], column: Column, label: str, baseline: str) -> None:
     """Draw one row per treatment: a dot for each seed and a bar at their mean.
 
-    A dotted line marks the mean of the baseline, and the title explains the marks.
+    A dotted line marks the mean of the baseline, if that has run, and the title explains the marks.
 
     Args:
         axes: where to draw.
@@ -207,7 +207,7 @@ def plot_seeds(axes: Axes, runs: list[Run], column: Column, label: str, baseline
         axes.plot(of_treatment, [row] * len(of_treatment), "o", color="C0", alpha=0.5, markersize=5)
         if len(of_treatment):
             axes.plot([of_treatment.mean()] * 2, [row - 0.3, row + 0.3], color="C0")
-    if len(values[baseline]):
+    if len(values.get(baseline, ())):
         axes.axvline(values[baseline].mean().item(), color="grey", linewidth=0.8, linestyle=":")
         marks += f", dotted line: mean of {baseline}"
     axes.set_yticks(range(len(values)), list(values))

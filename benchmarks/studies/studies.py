@@ -89,6 +89,13 @@ LOSSES = {
 }
 
 
+def draw_accuracy(figure: Figure, runs: list[Run], baseline: str) -> None:
+    """Draw the accuracy by the loss's own score, for any treatments. The pictures of the studies need all of theirs."""
+    plot_seeds(
+        figure.subplots(), runs, metric_at("held out, own score"), f"{ACCURACY} by the loss's own score", baseline
+    )
+
+
 # 1. Ranking accuracy. All losses have the same learning rate.
 
 

@@ -436,6 +436,22 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
     assert ratios["SimPO, gamma 0"]["ratio, larger"][0] == pytest.approx(expected, rel=1e-3)
 
 
+def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) -> None:
+    """The picture and the comparison with the baseline need treatments that are missing here."""
+    arguments = ("ranking", "--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
+    some, every = tmp_path / "some", tmp_path / "all"
+    completed = run_command(*arguments, "--out", some, "--treatments", "AMaPO, paper", "DPO")
+    assert completed.returncode == 0, completed.stderr
+    record = json.loads((some / "ranking.json").read_text())
+    assert [*record["treatments"]] == ["DPO", "AMaPO, paper"]  # in the order of the study
+    assert (some / "ranking.png").exists()
+    assert (some / "ranking-rates.png").exists()
+    assert run_command(*arguments, "--out", every).returncode == 0
+    runs = json.loads((every / "ranking.json").read_text())["runs"]
+    assert all(run in runs for run in record["runs"])
+    assert len(record["runs"]) == 3 * 2
+
+
 def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -> None:
     store, out = tmp_path / "store", tmp_path / "out"
     arguments = ("oracle", "--scale", "smoke", "--jobs", 1, "--store", store, "--out", out)
@@ -505,6 +521,7 @@ def test_an_invalid_file_is_reported_before_any_run(tmp_path: Path) -> None:
         (["beta", "--trained-blocks", "2"], "--trained-blocks needs --model"),
         (["beta", "--scale", "pretrained"], "--scale pretrained needs --model"),
         (["beta", "--dtype", "float32"], "--dtype needs --model"),
+        (["perplexity", "--treatments", "DPO"], "--treatments has 'DPO', but the treatments of perplexity are"),
         (["beta", "--eval-pairs", "5"], "--train-pairs and --eval-pairs need --data and --eval"),
         (["all", "--model", "x", "--learning-rate", "1"], "the generated pairs of reasoning need the built-in model"),
         (["reasoning", "--max-answer", "9"], "cannot be set for the generated pairs of reasoning"),
