@@ -358,6 +358,7 @@ def run_study(
         "held-out pairs by source": {
             source: len(indices) for source, indices in indices_by_source(data.corpus.held_out).items()
         },
+        "prompts of the held-out pairs": numbered([pair.prompt for pair in data.corpus.held_out]),
         "texts cut": data.num_truncated,
         "entries of the evaluation with a prompt of training": trained_prompts,
         "treatments": {treatment: asdict(fields) for treatment, fields in result.treatments.items()},
@@ -379,6 +380,12 @@ def count_parameters(settings: Settings) -> int:
     return int(model.num_parameters())
 
 
+def numbered(prompts: list[str]) -> list[int]:
+    """Return a number for each prompt, the same for equal ones, in the order of their first appearance."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return [numbers[prompt] for prompt in prompts]
+
+
 def as_json(value: Any) -> Any:
     """Return the value of a setting as it stands in JSON."""
     if isinstance(value, tuple):
@@ -394,7 +401,8 @@ def report_study(console: Console, name: str, path: Path) -> None:
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
     is_whole = {*study.treatments} <= {run.treatment for run in runs}  # not after --treatments
-    table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared)
+    prompts = record.get("prompts of the held-out pairs", ())  # the key is missing in files of earlier versions
+    table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared, prompts)
     if tuning := record.get(TUNING):  # the key is missing in files of earlier versions
         print_tuning(console, tuning)
     print_table(console, study.question, table)

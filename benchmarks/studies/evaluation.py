@@ -64,6 +64,10 @@ def evaluate(
         "sources": {source: share_of(held_out.by_logp, indices) for source, indices in sources.items()},
         "sources, own score": {source: share_of(held_out.by_own_score, indices) for source, indices in sources.items()},
         "correlations": confidence_correlations(policy["held out"], pairs),
+        "outcomes": {
+            "held out": outcomes(held_out.by_logp),
+            "held out, own score": outcomes(held_out.by_own_score),
+        },
         "further": {
             name: {
                 "accuracy": share_of(results[name].by_logp),
@@ -112,6 +116,11 @@ def share_of(is_true: Tensor, indices: list[int] | None = None) -> float | None:
     """Return the share of True among [N] bool, at the indices if they are given; None if that selects nothing."""
     selected = is_true if indices is None else is_true[indices]
     return selected.double().mean().item() if len(selected) else None
+
+
+def outcomes(is_true: Tensor) -> str:
+    """Return [N] bool as a text of N digits, "1" for True, which is short in JSON."""
+    return "".join(map(str, is_true.int().tolist()))
 
 
 def indices_in_band(pairs: list[Pair], band: tuple[float, float]) -> list[int]:

@@ -3,7 +3,7 @@
 Depends on NumPy, torch, matplotlib, rich, and on harness.py and sweep.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,16 @@ Column = Callable[[Metrics], float | None]
 # The mean and the standard deviation over the seeds. The standard deviation is None for a single seed. All is None if
 # no run has a number.
 Summary = tuple[float, float | None] | None
-PERCENT_COLUMNS = ("held out", "validation", "confidence", "RM-Bench", "over ", "share")  # beginnings of their names
+ERROR_OVER_PROMPTS = "error of this over prompts"  # a column of the table
+PERCENT_COLUMNS = (
+    "held out",
+    "validation",
+    "confidence",
+    "RM-Bench",
+    "over ",
+    "share",
+    ERROR_OVER_PROMPTS,
+)  # beginnings
 TUNED_QUANTITIES = {  # keys of an entry of a tuning: the caption of its table and the label of its axis
     TUNED_ACCURACY: (
         "accuracy on the validation pairs by the loss's own score in percent, after one run with each rate",
@@ -54,9 +63,6 @@ def metric_at(*path: str) -> Column:
     return look_up
 
 
-held_out_accuracy = metric_at("held out")
-
-
 def seed_values(runs: list[Run], treatment: str, column: Column) -> Tensor:
     """Return the column's number for each seed of a treatment, in the order of the seeds.
 
@@ -84,29 +90,79 @@ def tabulate(
     columns: dict[str, Column],
     baseline: str,
     other_baselines: Mapping[str, str] = MappingProxyType({}),
-    compared: Column = held_out_accuracy,
+    compared: str = "held out",
+    prompts: Sequence[int] = (),
 ) -> dict[str, dict[str, Summary]]:
     """Return the table of a study: the summary of every column, by treatment.
 
-    The last column, "over BASELINE", summarizes the differences in `compared` from the baseline, if that has run. Each
-    difference is between two runs with the same seed, that is, from the same checkpoint.
+    The column "over BASELINE" summarizes the differences in `compared` from the baseline, if that has run. Each
+    difference is between two runs with the same seed, that is, from the same checkpoint. The next column has
+    `error_over_prompts`, if it is known.
 
     Args:
         runs: the runs of all treatments.
         columns: the columns, by their headings.
         baseline: the treatment that the others are compared with.
         other_baselines: the treatment that a treatment is compared with instead, for some of them.
-        compared: what is compared, by default the held-out accuracy.
+        compared: name of the metric that is compared. Runs that do not have it are compared by the held-out accuracy.
+        prompts: for each held-out pair, the number of its prompt; empty if the pairs are not the same in all runs.
     """
     rows, names = {}, treatment_names(runs)
+    compared = compared if all(compared in run.metrics for run in runs) else "held out"
+    heading = f"over {baseline}{', own score' if compared.endswith('own score') else ''}"
     for name in names:
         row = {title: summarize(seed_values(runs, name, column)) for title, column in columns.items()}
         of_name = other_baselines.get(name, baseline)
         if of_name in names and name not in (of_name, IMITATION):
-            differences = seed_values(runs, name, compared) - seed_values(runs, of_name, compared)
-            row[f"over {baseline}"] = summarize(differences)
+            of_seeds, of_baseline = (seed_values(runs, treatment, metric_at(compared)) for treatment in (name, of_name))
+            row[heading] = summarize(of_seeds - of_baseline)
+            if (error := error_over_prompts(runs, name, of_name, compared, prompts)) is not None:
+                row[ERROR_OVER_PROMPTS] = error, None
         rows[name] = row
     return rows
+
+
+def error_over_prompts(
+    runs: list[Run], treatment: str, baseline: str, compared: str, prompts: Sequence[int]
+) -> float | None:
+    """Return the standard error of a difference in accuracy that comes from the choice of the held-out prompts.
+
+    The spread over the seeds does not contain it, because all seeds have the same held-out pairs. With d the difference
+    in outcome of a pair, averaged over the seeds, it is the square root of
+
+        P / (P - 1) * sum over the P prompts of (sum over the prompt's pairs of (d - mean of d))^2
+
+    divided by the number of pairs. This is the linearized variance of a ratio of means over clusters, here prompts:
+    pairs that share a prompt are not independent.
+
+    Args:
+        runs: the runs of all treatments.
+        treatment: name of a treatment.
+        baseline: name of the treatment that it is compared with.
+        compared: name of the accuracy.
+        prompts: for each held-out pair, the number of its prompt.
+
+    Returns:
+        The error, or None if the outcomes or the prompts are not known.
+    """
+    digits = [
+        [run.metrics.get("outcomes", {}).get(compared) for run in runs if run.treatment == name]
+        for name in (treatment, baseline)
+    ]
+    if not len(prompts) or None in (*digits[0], *digits[1]):
+        return None
+    correct, correct_of_baseline = (
+        torch.tensor([[float(digit) for digit in of_run] for of_run in of_runs], dtype=torch.float64).mean(0)
+        for of_runs in digits
+    )
+    difference = correct - correct_of_baseline
+    numbers = torch.tensor(prompts)
+    num_prompts = len(numbers.unique())
+    if num_prompts < 2:
+        return None
+    sums = torch.zeros(int(numbers.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, numbers, difference - difference.mean())
+    return (num_prompts / (num_prompts - 1) * sums.square().sum()).sqrt().item() / len(numbers)
 
 
 def print_table(console: Console, title: str, rows: dict[str, dict[str, Summary]]) -> None:

@@ -22,7 +22,6 @@ from benchmarks.studies.harness import Metrics, Treatment
 from benchmarks.studies.report import (
     SMALL_FONT,
     Column,
-    held_out_accuracy,
     metric_at,
     plot_means,
     plot_seeds,
@@ -46,7 +45,7 @@ class Study:
     generated_settings: dict[str, Any] = field(default_factory=dict)  # what generated pairs of this study need
     generated_defaults: dict[str, Any] = field(default_factory=dict)  # for them, in place of those of the scale
     other_baselines: dict[str, str] = field(default_factory=dict)  # for treatments that are compared with another one
-    compared: Column = held_out_accuracy  # what the comparison with the baseline is about
+    compared: str = "held out"  # the metric that is compared with the baseline, if the runs have it
     needs_curves: bool = False  # whether `draw` or `columns` use the training curves, which make the JSON far larger
     picture_height: float = 4.2  # inches
     legend_share: float = 0.0  # share of the picture's height that is kept free for a legend at the bottom
@@ -144,6 +143,7 @@ RANKING = Study(
         **RM_BENCH,
         "chosen log-prob": CHOSEN_LOGP,
     },
+    compared="held out, own score",
     draw=draw_ranking,
     remark=lambda runs: f"best SimPO margin on the validation pairs: {best_simpo(runs)}",
 )
@@ -565,7 +565,7 @@ REASONING = Study(
     draw=draw_reasoning,
     generated_settings={"task": "arithmetic", "max_prompt": MAX_PROMPT, "max_answer": MAX_SOLUTION},
     generated_defaults={"steps": 64, "learning_rate": 1e-4},
-    compared=lambda metrics: metrics.get("solved", metrics["held out"]),
+    compared="solved",
 )
 
 

@@ -1,6 +1,6 @@
 """Tests of benchmarks/studies: the numbers, the tables, and the command with its interruptions and its errors.
 
-Depends on torch.
+Depends on NumPy and torch.
 """
 
 import json
@@ -13,8 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from amapo_loss import AdaptiveMargin
@@ -59,7 +62,14 @@ from benchmarks.studies.harness import (
 )
 from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, run_files, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
-from benchmarks.studies.report import draw_tuning, format_summary, metric_at, tabulate
+from benchmarks.studies.report import (
+    ERROR_OVER_PROMPTS,
+    draw_tuning,
+    error_over_prompts,
+    format_summary,
+    metric_at,
+    tabulate,
+)
 from benchmarks.studies.sweep import BATCH_ACCURACY, IMITATION, TUNED_ACCURACY, Run, start_workers, sweep
 from tests.support.studies import ROOT, command_line, run_command
 
@@ -329,13 +339,70 @@ def test_tables_have_means_standard_deviations_and_differences_from_the_baseline
     assert rows["a"]["low"] is rows["a"]["none"] is None
     assert rows["a"]["held out"] == pytest.approx((0.625, 0.1767767))
     assert rows["b"]["over a"] == pytest.approx((0.075, 0.05 * 0.5**0.5))  # the differences are 0.1 and 0.05
-    others = tabulate(runs, columns, "a", {"a": "b", "b": "b"}, compared=lambda metrics: -metrics["held out"])
-    assert others["a"]["over a"] == pytest.approx(rows["b"]["over a"])  # now a is compared with b
+    others = tabulate(runs, columns, "a", {"a": "b", "b": "b"}, compared="solved")  # no run has "solved"
+    assert others["a"]["over a"] == pytest.approx((-0.075, 0.05 * 0.5**0.5))  # now a is compared with b
     assert "over a" not in others["b"]
+    for run in runs:
+        run.metrics["held out, own score"] = 1 - run.metrics["held out"]
+    by_own_score = tabulate(runs, columns, "a", compared="held out, own score")
+    assert by_own_score["b"]["over a, own score"] == pytest.approx((-0.075, 0.05 * 0.5**0.5))
     assert format_summary("over a", rows["b"]["over a"]) == "+7.5 (3.5)"
     assert format_summary("held out", rows["a"]["held out"]) == "62.5 (17.7)"
     assert format_summary("held out", (0.5, None)) == "50.0"
     assert format_summary("margin", (1.234, 0.056)) == "1.23 (0.056)"
+
+
+def runs_with_outcomes(outcomes: dict[str, list[str]]) -> list[Run]:
+    """Return a run for each treatment and seed with these outcomes of the held-out pairs."""
+    return [
+        Run(name, seed, {"held out": digits.count("1") / len(digits), "outcomes": {"held out": digits}})
+        for name, of_seeds in outcomes.items()
+        for seed, digits in enumerate(of_seeds)
+    ]
+
+
+@given(st.integers(2, 40), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_the_error_over_independent_prompts_is_that_of_a_mean(num_pairs: int, seeds: int, seed: int) -> None:
+    """With one pair per prompt, it is the standard deviation over the pairs divided by the root of their number.
+
+    If each pair stands there k times, with the same prompt, the error stays what it was.
+    """
+    generator = np.random.default_rng(seed)
+    digits = {name: generator.integers(0, 2, (seeds, num_pairs)) for name in "ab"}
+    differences = (digits["a"] - digits["b"]).mean(0)
+    for copies in (1, 3):
+        runs = runs_with_outcomes(
+            {name: ["".join(map(str, row.repeat(copies))) for row in rows] for name, rows in digits.items()}
+        )
+        prompts = np.arange(num_pairs).repeat(copies).tolist()
+        error = error_over_prompts(runs, "a", "b", "held out", prompts)
+        assert error == pytest.approx(differences.std(ddof=1) / num_pairs**0.5, abs=1e-12)
+        assert tabulate(runs, {}, "b", prompts=prompts)["a"][ERROR_OVER_PROMPTS] == (error, None)
+
+
+def test_the_error_over_prompts_is_that_of_a_bootstrap_over_prompts() -> None:
+    """The pairs of a prompt tend to agree, and their number differs from prompt to prompt."""
+    generator = np.random.default_rng(0)
+    prompts = np.sort(generator.integers(0, 200, 1000))
+    gains = generator.normal(0.2, 1, 200)[prompts] + generator.normal(0, 0.5, 1000) > 0
+    runs = runs_with_outcomes({"a": ["".join(map(str, gains.astype(int)))], "b": ["01" * 500]})
+    difference = gains - np.tile([0.0, 1.0], 500)
+    sums, counts = np.bincount(prompts, difference, 200), np.bincount(prompts, minlength=200)
+    drawn = generator.integers(0, 200, (4000, 200))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    error = error_over_prompts(runs, "a", "b", "held out", prompts.tolist())
+    assert error == pytest.approx(means.std(), rel=0.05)
+    assert means.std() > 1.2 * difference.std() / 1000**0.5  # that of independent pairs is too small
+
+
+def test_the_error_over_prompts_needs_outcomes_and_prompts() -> None:
+    runs = runs_with_outcomes({"a": ["101"], "b": ["011"]})
+    assert ERROR_OVER_PROMPTS in tabulate(runs, {}, "b", prompts=[0, 1, 1])["a"]
+    assert ERROR_OVER_PROMPTS not in tabulate(runs, {}, "b")["a"]
+    assert ERROR_OVER_PROMPTS not in tabulate(runs, {}, "b", prompts=[0, 0, 0])["a"]
+    del runs[0].metrics["outcomes"]
+    assert ERROR_OVER_PROMPTS not in tabulate(runs, {}, "b", prompts=[0, 1, 1])["a"]
+    assert command.numbered(["x", "y", "x", "z"]) == [0, 1, 0, 2]
 
 
 def test_the_best_gamma_is_chosen_on_the_validation_pairs() -> None:
