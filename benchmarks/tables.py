@@ -8,7 +8,7 @@ the published losses is made from `benchmarks.losses`, all others from JSON.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ def load(name: str) -> dict[str, Any]:
     """Return the content of a JSON file in the results folder."""
     result: dict[str, Any] = json.loads((COMMITTED_RESULTS / f"{name}.json").read_text())
     return result
+
+
+def merge(*names: str) -> dict[str, Any]:
+    """Return the content of several JSON files of one study. A treatment is that of the last file that has it."""
+    merged, *others = map(load, names)
+    for other in others:
+        kept = [run for run in merged["runs"] if run["treatment"] not in other["treatments"]]
+        merged["runs"] = kept + [run for run in other["runs"] if run["treatment"] in other["treatments"]]
+        merged["treatments"] |= other["treatments"]
+    order = [*merged["treatments"]]
+    merged["runs"].sort(key=lambda run: order.index(run["treatment"]) if run["treatment"] in order else -1)
+    return merged
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], numbers_from: int = 1) -> str:
@@ -287,16 +299,16 @@ def real_ranking_table() -> str:
     return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
 
 
-def pretrained_table(study_file: str, columns: dict[str, tuple[str, ...]]) -> str:
+def pretrained_table(study_files: Sequence[str], columns: dict[str, tuple[str, ...]]) -> str:
     """Return how the pretrained model ranks pairs after training.
 
     DPO's own score is not the average log-prob, so it has a second row if there are accuracies by both.
 
     Args:
-        study_file: the JSON file of a study whose treatments are losses.
+        study_files: the JSON files of a study whose treatments are losses, see `merge`.
         columns: for each heading, the keys of a metric. Accuracies become percent, log-probs keep nats per token.
     """
-    study = load(study_file)
+    study = merge(*study_files)
     runs = [Run.from_json(entry) for entry in study["runs"]]
     pairs_by_source = study.get("held-out pairs by source", {})  # the key is missing in files of earlier versions
     for run in runs:
@@ -542,20 +554,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
-    "pretrained-ranking": partial(pretrained_table, "studies_pretrained/ranking", PRETRAINED_RANKING),
-    "pretrained-others": partial(pretrained_table, "studies_pretrained/ranking", PRETRAINED_OTHERS),
-    "equal-rate-ranking": partial(pretrained_table, EQUAL_RATE, PRETRAINED_RANKING),
-    "equal-rate-others": partial(pretrained_table, EQUAL_RATE, PRETRAINED_OTHERS),
+    "pretrained-ranking": partial(pretrained_table, ["studies_pretrained/ranking"], PRETRAINED_RANKING),
+    "pretrained-others": partial(pretrained_table, ["studies_pretrained/ranking"], PRETRAINED_OTHERS),
+    "equal-rate-ranking": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_RANKING),
+    "equal-rate-others": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
-    "pretrained-reasoning": partial(pretrained_table, "studies_pretrained/reasoning", PRETRAINED_REASONING),
-    "models-reasoning": partial(pretrained_table, "studies_models/reasoning", MODELS_REASONING),
+    "pretrained-reasoning": partial(pretrained_table, ["studies_pretrained/reasoning"], PRETRAINED_REASONING),
+    "models-reasoning": partial(pretrained_table, ["studies_models/reasoning"], MODELS_REASONING),
     "reasoning-rates": partial(
         rates_table,
         "studies_tuned/reasoning",
         {**TUNED, "simpo, with SFT": "SFT alone", "amapo, paper, with SFT": "AMaPO, paper, with SFT"},
     ),
-    "pretrained-ablation": partial(pretrained_table, "studies_pretrained/ablation", PRETRAINED_ABLATION),
-    "pretrained-batch-size": partial(pretrained_table, "studies_pretrained/batch-size", PRETRAINED_BATCH_SIZE),
+    "pretrained-ablation": partial(pretrained_table, ["studies_pretrained/ablation"], PRETRAINED_ABLATION),
+    "pretrained-batch-size": partial(pretrained_table, ["studies_pretrained/batch-size"], PRETRAINED_BATCH_SIZE),
     "pretrained-rates": partial(
         rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
     ),
