@@ -23,8 +23,8 @@ class AMaPOLoss(nn.Module):
 
     Args:
         beta: scale of the ranking score; this and the others are options of `amapo_loss`, which says more about them.
-            For a beta that changes during training, assign to the attribute `beta`. Tensors among the options stay on
-            their device: `to` does not move them.
+            For a beta that changes during training, assign to the attribute `beta`, and call `reset` of a window, whose
+            scores have the old beta. Tensors among the options stay on their device: `to` does not move them.
         label_smoothing: expected share of pairs whose labels are swapped.
         ipo: must be False. OpenRLHF's `DPOLoss` has it as its third argument.
         margin: an `AdaptiveMargin`, a number, or a function. None: the `AdaptiveMargin` that the five options below

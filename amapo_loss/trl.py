@@ -52,7 +52,7 @@ _METHODS = (
     "_save_optimizer_and_scheduler",
     "_load_optimizer_and_scheduler",
 )
-_ATTRIBUTES = ("loss_types", "loss_weights", "precompute_ref_logps", "_metrics")
+_ATTRIBUTES = ("beta", "label_smoothing", "loss_types", "loss_weights", "precompute_ref_logps", "_metrics")
 
 
 def _require(trainer: Any, names: tuple[str, ...]) -> None:
@@ -108,7 +108,8 @@ class AMaPOConfig(DPOConfig):
             summed log-probs, start with about 0.1.
         label_smoothing: share of pairs that you believe to be labelled the wrong way round, in [0, 0.5).
         reference_free: `True` loads and runs no reference model. `False` subtracts the log-probs of the reference model
-            that `DPOTrainer` would use. With `length_average=False` in addition, the score is DPO's.
+            that `DPOTrainer` would use; then prefer `formula="released"`, because all scores start at 0. With
+            `length_average=False` in addition, the score is DPO's.
         length_average: `True` divides the log-probs by the number of tokens in the response, as the paper does. `False`
             takes sums.
         formula: the margin formula, `"paper"` or `"released"`. `AdaptiveMargin` says more about this option and the
@@ -123,9 +124,9 @@ class AMaPOConfig(DPOConfig):
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out of this loss, its statistics and its metrics. The loss is then the sum of weight times loss, divided by
-            the number of pairs, those of weight 0 included, so that a weight means the same in every micro-batch.
-            Weights whose mean is 1 keep the scale.
+            out of this loss, its statistics and its metrics, but not out of TRL's own metrics, such as the entropy. The
+            loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0 included, so
+            that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
             all tokens of the chosen responses, without those of pairs whose weight is 0. Other weights do not change
             it.
@@ -268,7 +269,12 @@ class _CollatorWithColumns(NamedTuple):
         for argument, column in self.columns.items():
             if column not in examples[0]:
                 raise ValueError(f"the data has no column {column!r}, which the configuration names for {argument}")
-            batch[argument] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
+            values = [example[column] for example in examples]
+            if None in values:
+                raise ValueError(
+                    f"the column {column!r}, which the configuration names for {argument}, has a missing value"
+                )
+            batch[argument] = torch.tensor(values, dtype=torch.float32)
         return batch
 
 
@@ -328,8 +334,8 @@ class AMaPOTrainer(DPOTrainer):
 
     The trainer logs what `DPOTrainer` logs, with the rewards of this loss, and in addition the values of
     `Diagnostics.summary` that start with `amapo/`. They are those of all pairs since the last log, or of the whole
-    evaluation set, on all processes. Checkpoints contain the state of the `ScoreWindow`, so that a resumed run gives
-    bitwise the same results.
+    evaluation set, on all processes. Checkpoints contain the state of the `ScoreWindow`, so that a resumed run ends
+    with bitwise the same weights. Its first log has the pairs since it was resumed.
 
     Example:
         >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7)  # doctest: +SKIP
@@ -408,6 +414,15 @@ class AMaPOTrainer(DPOTrainer):
             warnings.warn(
                 f"every micro-batch has a single pair, so all margins are {args.floor:g}: set statistics_window to the "
                 "number of pairs per optimizer step",
+                stacklevel=3,
+            )
+        # DeepSpeed and FSDP keep weights in float32 beside these, and adapters start at 0, where bfloat16 is finer.
+        has_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config")
+        dtypes = {weight.dtype for weight in self.model.parameters() if weight.requires_grad}
+        if torch.bfloat16 in dtypes and args.learning_rate < 1e-4 and not has_copies:
+            warnings.warn(
+                f"the weights are in bfloat16, where most steps of learning_rate={args.learning_rate:g} are lost in "
+                "rounding: load the model with dtype=torch.float32, and set bf16=True for the computation",
                 stacklevel=3,
             )
         columns = getattr(self.train_dataset, "column_names", None) or []
@@ -544,8 +559,8 @@ class AMaPOTrainer(DPOTrainer):
             pairs["weights"] = torch.where(counted, pairs["weights"], 0) if "weights" in pairs else counted
         loss, diagnostics = amapo_loss(
             **{"margin": self.args.margin} | pairs,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
             reduction="sum" if has_weights else "mean",
             **options,
         )

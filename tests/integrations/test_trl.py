@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,6 +383,10 @@ def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_averag
         ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' prefers early checkpoints"),
         (
+            {"model": tiny_llama().to(torch.bfloat16), "learning_rate": 6e-7},
+            "weights are in bfloat16, where most steps of learning_rate=6e-07 are lost in rounding",
+        ),
+        (
             {"train_dataset": pairs(8).add_column("weight", [1.0] * 8)},
             "column 'weight'.*: set weight_column='weight' to",
         ),
@@ -396,6 +401,27 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, **options)
+
+
+def test_weights_in_bfloat16_may_be_trained_with_a_large_rate_or_an_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = tiny_llama().to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the weights are in bfloat16")
+        make_trainer(tmp_path, model, learning_rate=1e-3)
+        make_trainer(tmp_path, model, learning_rate=6e-7, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+
+
+def test_a_callback_may_change_beta(tmp_path: Path) -> None:
+    """It is an attribute of `DPOTrainer`."""
+    trainer = make_trainer(tmp_path)
+    batch = first_batch(trainer.get_train_dataloader())
+    sums, lengths = summed_logps(trainer.model, batch)
+    trainer.beta = 50.0
+    averages = sums / lengths
+    expected = amapo_loss(*averages.chunk(2), beta=50.0).loss
+    torch.testing.assert_close(trainer.compute_loss(trainer.model.train(), batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_model_sees_the_columns(tmp_path: Path) -> None:
@@ -594,6 +620,12 @@ def test_a_callback_may_log_values_of_its_own(tmp_path: Path) -> None:
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, weight_column="importance")
     with pytest.raises(ValueError, match="the data has no column 'importance', which the configuration names for weig"):
+        trainer.train()
+    dataset = pairs(4).add_column("importance", [1.0, None, 1.0, 1.0])
+    trainer = make_trainer(tmp_path, weight_column="importance", train_dataset=dataset)
+    with pytest.raises(
+        ValueError, match="the column 'importance', which the configuration names for weights, has a mis"
+    ):
         trainer.train()
 
 

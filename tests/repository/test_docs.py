@@ -137,13 +137,17 @@ def test_the_example_runs(example: Example, tmp_path: Path) -> None:
         code = code.replace(original, replacement)
     names = names_of_the_reader(tmp_path)
     before = names["model"].lm_head.weight.clone()
+    names["model"].eval()  # as `from_pretrained` returns it
+    modes = set()
+    names["model"].register_forward_pre_hook(lambda model, _: modes.add((torch.is_grad_enabled(), model.training)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the frameworks warn about their own next versions
         exec(code, names)
     model = getattr(names["model"], "module", names["model"])  # Fabric wraps the model
     trains = re.search(r"optimizer\.step\(\)|\.fit\(|\)\.train\(\)|trainer\.train\(\)", code) is not None
     assert torch.equal(model.lm_head.weight, before) is not trains
-    assert trains or "def collate" in code
+    assert trains or re.search("^(def collate|class .*Trainer)", code, flags=re.MULTILINE)
+    assert modes <= {(True, True), (False, False)}, "it trains in training mode and evaluates in evaluation mode"
 
 
 def test_the_first_example_prints_the_margins_in_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +177,7 @@ def test_the_collator_of_the_recipe_masks_prompts_and_padding_and_has_the_chosen
 def test_the_trainer_recipe_logs_evaluation_under_names_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     code = example_containing("class PreferenceTrainer", "recipes.md")
+    code += example_containing("PreferenceTrainer(model", "recipes.md")
     for original, replacement in REPLACEMENTS.items():
         code = code.replace(original, replacement)
     code = code.replace("PreferenceTrainer(model", "trainer = PreferenceTrainer(model").replace(").train()", ")")
@@ -181,12 +186,20 @@ def test_the_trainer_recipe_logs_evaluation_under_names_of_its_own(tmp_path: Pat
         warnings.simplefilter("ignore")
         exec(code, names)
         trainer = names["trainer"]
+        accumulated = trainer.totals[1] = names["Totals"].none()  # of the pairs of training since the last log
+        first = trainer.evaluate(list(range(3)))
+        trainer.predict(list(range(7, 9)))
+        assert {name: value for name, value in trainer.evaluate(list(range(3))).items() if "/" in name} == {
+            name: value for name, value in first.items() if "/" in name
+        }
+        named = trainer.evaluate({"a": list(range(3)), "b": list(range(2))})
+        assert trainer.totals[1] is accumulated
         trainer.train()
-        trainer.evaluate(list(range(3)))
-    trained, evaluated = trainer.state.log_history[0], trainer.state.log_history[-1]
+    assert {"eval_a_rewards/accuracies", "eval_b_rewards/accuracies"} <= named.keys()
+    assert all(name.startswith("eval_") for name in first if "/" in name)
+    *_, trained, _ = trainer.state.log_history  # the last entry is that of the whole training
     assert "rewards/accuracies" in trained
-    assert "rewards/accuracies" not in evaluated
-    assert 0 <= evaluated["eval_rewards/accuracies"] <= 1
+    assert not any(name.startswith("eval_") for name in trained)
 
 
 def test_the_micro_batches_of_the_exact_example_add_up_to_the_whole_batch() -> None:
