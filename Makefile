@@ -76,10 +76,10 @@ studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL=, RM_BE
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.
 	$(STUDY) $@ $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) $(ARGS)
 
-sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 10 million parameters and in MODEL=. It takes the same variables.
-	$(STUDY) gradient-flow $(FILES) --scale sizes --width 64 --layers 2 --out $(SIZES)/0.1M $(ARGS)
-	$(STUDY) gradient-flow $(FILES) --scale sizes --width 192 --layers 3 --out $(SIZES)/1M $(ARGS)
-	$(STUDY) gradient-flow $(FILES) --scale sizes --width 512 --layers 5 --out $(SIZES)/10M $(ARGS)
+sizes: .venv/ready  ## Compare gradients in byte models of 0.1, 1 and 11 million parameters and in MODEL=. It takes the same variables.
+	$(STUDY) gradient-flow $(FILES) --scale sizes --width 64 --layers 2 --out "$(SIZES)/0.1M" $(ARGS)
+	$(STUDY) gradient-flow $(FILES) --scale sizes --width 192 --layers 3 --out "$(SIZES)/1M" $(ARGS)
+	$(STUDY) gradient-flow $(FILES) --scale sizes --width 512 --layers 5 --out "$(SIZES)/10M" $(ARGS)
 	$(if $(MODEL),$(STUDY) gradient-flow $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) --out "$(SIZES)/$$(basename "$(MODEL)")" $(ARGS))
 	$(RUN) benchmarks.figures.sizes
 
@@ -88,7 +88,7 @@ trl: .venv/ready  ## Run the tests of the trainer with other versions of TRL. VE
 	@for version in $(VERSIONS); do \
 		echo "TRL $$version"; \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/trl/$$version trl==$$version && \
-		PYTHONPATH=$(CURDIR)/build/trl/$$version $(PYTEST) tests/integrations/test_trl.py tests/integrations/test_sharded.py $(ARGS) || exit 1; \
+		PYTHONPATH="$(CURDIR)/build/trl/$$version" $(PYTEST) tests/integrations/test_trl.py tests/integrations/test_sharded.py $(ARGS) || exit 1; \
 	done
 
 # The interpreters of Triton up to 3.6 need numpy < 2.4.
@@ -96,17 +96,17 @@ torch: .venv/ready  ## Run the tests of the loss and the log-probs with other ve
 	@for version in $(TORCH); do \
 		echo "torch $$version"; \
 		$(RUN) pip install --quiet --upgrade --target build/torch/$$version torch==$$version "numpy<2.4" && \
-		PYTHONPATH=$(CURDIR)/build/torch/$$version $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
+		PYTHONPATH="$(CURDIR)/build/torch/$$version" $(PYTEST) $(TESTS) $(ARGS) || exit 1; \
 	done
 
 deepspeed: .venv/ready  ## Install DeepSpeed, and run the tests of the trainer on two processes with ZeRO-2 and ZeRO-3.
 	$(RUN) pip install --quiet --no-deps --upgrade --target build/deepspeed --requirement tests/integrations/deepspeed.txt
-	PYTHONPATH=$(CURDIR)/build/deepspeed $(PYTEST) tests/integrations/test_sharded.py -k ZeRO $(ARGS)
+	PYTHONPATH="$(CURDIR)/build/deepspeed" $(PYTEST) tests/integrations/test_sharded.py -k ZeRO $(ARGS)
 
 frameworks: .venv/ready  ## Install training frameworks, and run the recipes of docs/recipes.md in them. FRAMEWORKS= takes a list.
 	@for name in $(FRAMEWORKS); do \
 		$(RUN) pip install --quiet --no-deps --upgrade --target build/frameworks/$$name --requirement tests/frameworks/$$name.txt && \
-		PYTHONPATH=$(CURDIR)/build/frameworks/$$name $(PYTEST) tests/frameworks -k $$name $(ARGS) || exit 1; \
+		PYTHONPATH="$(CURDIR)/build/frameworks/$$name" $(PYTEST) tests/frameworks -k $$name $(ARGS) || exit 1; \
 	done
 
 gpu:  ## Run the GPU tests and the benchmarks with the PyTorch that is installed. Results go to build/gpu.
@@ -117,9 +117,9 @@ help:  ## List the targets.
 	@echo "STUDY is one of: $(STUDIES)."
 
 clean:  ## Delete the environment and all build products, also the results in build/.
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(RUN) pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $@

@@ -14,7 +14,7 @@
 # LATENCY_ARGS=, HEAD_ARGS=, TRAINER_ARGS=, TESTS_ARGS=
 #          Arguments for these steps, such as other sizes. TESTS_ARGS are for both steps that run pytest.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 out=${1:-build/gpu}
 python=${PYTHON:-python3}
 mkdir -p "$out"

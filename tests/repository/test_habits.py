@@ -137,9 +137,12 @@ def test_ci_runs_the_oldest_supported_versions_and_those_of_the_makefile() -> No
     for job, variable in {"torch": "TORCH", "trl": "VERSIONS", "frameworks": "FRAMEWORKS"}.items():
         assert re.findall(rf"^{variable} \?= (.*)", makefile, flags=re.MULTILINE) == [" ".join(tested[job])]
     assert tested["frameworks"] == list(FRAMEWORKS)
-    for job in ("torch", "trl"):
-        (oldest,) = re.findall(rf'"{job}>=([\d.]+)', pyproject)
-        assert Version(tested[job][0]) == Version(oldest)
+    tested["triton"] = [
+        case["triton"].removeprefix("triton==") for case in jobs["torch"]["strategy"]["matrix"]["include"]
+    ]
+    for package in ("torch", "triton", "trl"):
+        (oldest,) = {*re.findall(rf'"{package}>=([\d.]+)', pyproject)}
+        assert Version(tested[package][0]) == Version(oldest)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from importlib.util import resolve_name
@@ -67,14 +68,29 @@ def path_of_torch() -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the source files, so that files of an earlier build cannot get into it."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist, and the wheel from it, from a copy of the source files without those of an earlier build."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("amapo_loss", "kernels", "pyproject.toml", "README.md", "LICENSE"):
+    files = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
+    for name in ("amapo_loss", "kernels", "tests", *files):
         run("cp", "-r", ROOT / name, source)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, source)
-    (built,) = dist.glob("*.whl")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source)
+    (built,) = dist.glob("*.tar.gz")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    (built,) = sdist.parent.glob("*.whl")
+    return built
+
+
+def test_the_sdist_has_the_package_and_no_test_without_its_helpers(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    packaged = {str(file.relative_to(ROOT)) for file in SOURCE_FILES.values()}
+    assert packaged | {"LICENSE", "CHANGELOG.md", "CITATION.cff", "amapo_loss/py.typed"} <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 def test_the_wheel_contains_one_package_with_its_types_and_licence(wheel: Path) -> None:
