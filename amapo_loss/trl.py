@@ -338,7 +338,8 @@ class AMaPOTrainer(DPOTrainer):
     with bitwise the same weights. Its first log has the pairs since it was resumed.
 
     Example:
-        >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7)  # doctest: +SKIP
+        >>> batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 32, "statistics_window": 128}
+        >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7, **batches)  # doctest: +SKIP
         >>> trainer = AMaPOTrainer("Qwen/Qwen3-0.6B", args=args, train_dataset=dataset)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
