@@ -18,7 +18,7 @@ STUDIES := ranking ablation batch-size gradient-flow composition perplexity orac
 # a third of the run time.
 STUDY := MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=4000000000 $(RUN) benchmarks.studies
 SIZES = $(RESULTS)/sizes
-RATES ?= 1e-3 3e-3 1e-2 3e-2
+RATES ?= 1e-4 3e-4 1e-3 3e-3 1e-2 3e-2
 EXTRA_FILES = $(if $(RM_BENCH),--rm-bench $(RM_BENCH)) $(if $(ALSO_EVAL),--also-eval $(ALSO_EVAL))
 LANGUAGE_MODEL = $(if $(MODEL),--model "$(MODEL)" --learning-rate $(RATES))
 FILES = $(if $(DATA),--data "$(DATA)") $(if $(EVAL),--eval "$(EVAL)")
@@ -60,9 +60,10 @@ estimators: .venv/ready  ## Measure the error of micro-batch statistics for each
 runs: .venv/ready  ## Draw the diagnostics of a healthy run and of failing runs.
 	$(RUN) benchmarks.figures.runs $(ARGS)
 
-figures: .venv/ready  ## Draw the margins of the two formulas, and the margins and gradients of all losses.
+figures: .venv/ready  ## Draw the margins of the two formulas, the margins and gradients of all losses, and the pretrained model.
 	$(RUN) benchmarks.figures.formulas
 	$(RUN) benchmarks.figures.losses
+	$(RUN) benchmarks.figures.pretrained
 
 tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON files in benchmarks/results.
 	$(RUN) benchmarks.tables

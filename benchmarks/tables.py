@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.losses import LOSSES
-from benchmarks.studies.report import format_rate, metric_at, seed_values, treatment_names
+from benchmarks.studies.report import ERROR_OVER_PROMPTS, format_rate, metric_at, seed_values, treatment_names
+from benchmarks.studies.studies import SIMPO, gradient_norm
 from benchmarks.studies.sweep import Run, tuned_accuracy
 
 ROOT = Path(__file__).parents[1]
@@ -295,8 +296,17 @@ def real_ranking_table() -> str:
     for name, columns in study.items():
         found = (columns[key] for key in ("validation", "held out", "held out, own score"))
         cells = (f"{100 * summary[0]:.1f} ({100 * summary[1]:.1f})" if summary else "" for summary in found)
-        rows.append((name + remarks.get(name, ""), *cells))
-    return markdown(("", "validation pairs", "held-out pairs", "held-out pairs, by the loss's own score"), rows)
+        gain, error = columns.get(f"over {SIMPO}, own score"), columns.get(ERROR_OVER_PROMPTS)
+        compared = f"{100 * gain[0]:+.1f} ({100 * gain[1]:.1f})" if gain else ""
+        rows.append((name + remarks.get(name, ""), *cells, compared, f"{100 * error[0]:.1f}" if error else ""))
+    header = (
+        "validation pairs",
+        "held-out pairs",
+        "by the loss's own score",
+        "over SimPO, gamma 0, by own score",
+        "error of this over prompts",
+    )
+    return markdown(("", *header), rows)
 
 
 def pretrained_table(study_files: Sequence[str], columns: dict[str, tuple[str, ...]]) -> str:
@@ -368,6 +378,7 @@ def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) 
 
 
 EQUAL_RATE = "sizes/SmolLM2-135M-Instruct/gradient-flow"
+PRETRAINED_FILES = ("studies_pretrained/ranking", "studies_pretrained_dpo/ranking")
 PRETRAINED_RANKING: dict[str, tuple[str, ...]] = {
     "validation pairs": ("validation",),
     "held-out pairs": ("held out",),
@@ -408,19 +419,20 @@ MODELS_REASONING = {title: keys for title, keys in PRETRAINED_REASONING.items() 
 
 def gradient_flow_table() -> str:
     """Return the gradient weights and norms of the gradient-flow study."""
-    columns = ("weight misranked", "weight correct", "norm misranked", "norm correct")
+    columns = {f"gradient weight, {ranked} pairs": metric_at(f"weight {ranked}") for ranked in ("misranked", "correct")}
+    columns |= {f"gradient norm, {ranked} pairs": gradient_norm(ranked) for ranked in ("misranked", "correct")}
     rows = []
-    for pairs, folder in (
-        ("generated", "studies"),
-        ("real", "studies_own"),
-        ("real, pretrained model", "studies_pretrained"),
-    ):
-        study = load(f"{folder}/gradient-flow")["table, mean and standard deviation over the seeds"]
-        for name, metrics in study.items():
-            if metrics[columns[0]] is not None:
-                rows.append((pairs, name, *(f"{metrics[key][0]:.2f}" for key in columns)))
-    names = [f"gradient {column.replace(' ', ', ')} pairs" for column in columns]
-    return markdown(("pairs", "", *names), rows, numbers_from=2)
+    for pairs, files in {
+        "generated": ["studies/gradient-flow"],
+        "real": ["studies_own/gradient-flow"],
+        "real, pretrained model": ["studies_pretrained/gradient-flow", PRETRAINED_FILES[1]],
+    }.items():
+        study = merge(*files)
+        runs = [Run.from_json(entry) for entry in study["runs"] if entry["treatment"] in study["treatments"]]
+        for name in treatment_names(runs):
+            means = (seed_values(runs, name, column).mean() for column in columns.values())
+            rows.append((pairs, name, *(f"{mean:.2f}" for mean in means)))
+    return markdown(("pairs", "", *columns), rows, numbers_from=2)
 
 
 def reasoning_table() -> str:
@@ -554,8 +566,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "weak-scaling": weak_scaling_table,
     "gradient-flow": gradient_flow_table,
     "real-ranking": real_ranking_table,
-    "pretrained-ranking": partial(pretrained_table, ["studies_pretrained/ranking"], PRETRAINED_RANKING),
-    "pretrained-others": partial(pretrained_table, ["studies_pretrained/ranking"], PRETRAINED_OTHERS),
+    "pretrained-ranking": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_RANKING),
+    "pretrained-others": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_OTHERS),
     "equal-rate-ranking": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_RANKING),
     "equal-rate-others": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
@@ -569,8 +581,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-ablation": partial(pretrained_table, ["studies_pretrained/ablation"], PRETRAINED_ABLATION),
     "pretrained-batch-size": partial(pretrained_table, ["studies_pretrained/batch-size"], PRETRAINED_BATCH_SIZE),
     "pretrained-rates": partial(
-        rates_table, "studies_pretrained/ranking", {**TUNED, "amapo, released": "AMaPO, released"}
+        rates_table,
+        "studies_pretrained/ranking",
+        {"simpo": "SimPO, gamma 0", "amapo, paper": "AMaPO, paper", "amapo, released": "AMaPO, released"},
     ),
+    "pretrained-dpo-rates": partial(rates_table, "studies_pretrained_dpo/ranking", {"dpo": "DPO"}),
     "sizes": sizes_table,
     "size-ranking": size_ranking_table,
 }
