@@ -121,6 +121,6 @@ clean:  ## Delete the environment and all build products, also the results in bu
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 	$(RUN) pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	touch $@

@@ -42,7 +42,10 @@ def load(name: str) -> dict[str, Any]:
 
 
 def merge(*names: str) -> dict[str, Any]:
-    """Return the content of several JSON files of one study. A treatment is that of the last file that has it."""
+    """Return the content of the first JSON file, with the treatments and their runs replaced by those of later files.
+
+    The checkpoints, which have no treatment, stay those of the first file.
+    """
     merged, *others = map(load, names)
     for other in others:
         kept = [run for run in merged["runs"] if run["treatment"] not in other["treatments"]]

@@ -403,14 +403,25 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
         make_trainer(tmp_path, **options)
 
 
-def test_weights_in_bfloat16_may_be_trained_with_a_large_rate_or_an_adapter(tmp_path: Path) -> None:
-    from peft import LoraConfig
+def test_weights_in_bfloat16_may_be_trained_with_a_large_rate_copies_or_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
 
     model = tiny_llama().to(torch.bfloat16)
+    adapted = get_peft_model(
+        tiny_llama().to(torch.bfloat16), LoraConfig(task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+    )
+    assert {weight.dtype for weight in adapted.parameters()} == {torch.bfloat16}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the weights are in bfloat16")
-        make_trainer(tmp_path, model, learning_rate=1e-3)
-        make_trainer(tmp_path, model, learning_rate=6e-7, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+        trainer = make_trainer(tmp_path, model, learning_rate=1e-3)
+        make_trainer(tmp_path, adapted, learning_rate=6e-7)
+        trainer.args.learning_rate = 6e-7
+        for keeps_copies in ("is_deepspeed_enabled", "is_fsdp_enabled"):  # of the weights, in float32
+            with monkeypatch.context() as patched:
+                patched.setattr(trainer, keeps_copies, True)
+                trainer._warn()
 
 
 def test_a_callback_may_change_beta(tmp_path: Path) -> None:

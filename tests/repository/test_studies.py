@@ -504,8 +504,9 @@ def test_every_study_runs_and_continues_with_the_same_numbers(tmp_path: Path) ->
 
 
 def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) -> None:
-    """The picture and the comparison with the baseline need treatments that are missing here."""
-    arguments = ("ranking", "--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
+    """The comparison with the baseline, and the own picture of a study, need treatments that are missing here."""
+    common = ("--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
+    arguments = ("ranking", *common)
     some, every = tmp_path / "some", tmp_path / "all"
     completed = run_command(*arguments, "--out", some, "--treatments", "AMaPO, paper", "DPO")
     assert completed.returncode == 0, completed.stderr
@@ -513,6 +514,8 @@ def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) ->
     assert [*record["treatments"]] == ["DPO", "AMaPO, paper"]  # in the order of the study
     assert (some / "ranking.png").exists()
     assert (some / "ranking-rates.png").exists()
+    assert run_command("perplexity", *common, "--out", some, "--treatments", "AMaPO, paper").returncode == 0
+    assert (some / "perplexity.png").exists()
     assert run_command(*arguments, "--out", every).returncode == 0
     runs = json.loads((every / "ranking.json").read_text())["runs"]
     assert all(run in runs for run in record["runs"])
