@@ -335,7 +335,7 @@ class AMaPOTrainer(DPOTrainer):
     The trainer logs what `DPOTrainer` logs, with the rewards of this loss, and in addition the values of
     `Diagnostics.summary` that start with `amapo/`. They are those of all pairs since the last log, or of the whole
     evaluation set, on all processes. Checkpoints contain the state of the `ScoreWindow`, so that a resumed run ends
-    with bitwise the same weights. Its first log has the pairs since it was resumed.
+    with bitwise the same weights. The first log of such a run has only the pairs since it was resumed.
 
     Example:
         >>> batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 32, "statistics_window": 128}
@@ -417,7 +417,8 @@ class AMaPOTrainer(DPOTrainer):
                 "number of pairs per optimizer step",
                 stacklevel=3,
             )
-        # DeepSpeed and FSDP keep weights in float32 beside these, and adapters start at 0, where bfloat16 is finer.
+        # DeepSpeed and FSDP update float32 copies of the weights. The product of an adapter's weights starts at 0,
+        # where bfloat16 resolves small steps.
         has_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config")
         dtypes = {weight.dtype for weight in self.model.parameters() if weight.requires_grad}
         if torch.bfloat16 in dtypes and args.learning_rate < 1e-4 and not has_copies:

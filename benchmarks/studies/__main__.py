@@ -400,7 +400,7 @@ def report_study(console: Console, name: str, path: Path) -> None:
     """
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
-    is_whole = {*study.treatments} <= {run.treatment for run in runs}  # not after --treatments
+    is_whole = {*study.treatments} <= {run.treatment for run in runs}  # else its picture would fail
     prompts = record.get("prompts of the held-out pairs", ())  # the key is missing in files of earlier versions
     table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared, prompts)
     if tuning := record.get(TUNING):  # the key is missing in files of earlier versions

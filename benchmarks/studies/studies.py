@@ -89,7 +89,7 @@ LOSSES = {
 
 
 def draw_accuracy(figure: Figure, runs: list[Run], baseline: str) -> None:
-    """Draw the accuracy by the loss's own score, for any treatments. The pictures of the studies need all of theirs."""
+    """Draw the accuracy by the loss's own score, for any treatments; `Study.draw` needs all of a study's."""
     plot_seeds(
         figure.subplots(), runs, metric_at("held out, own score"), f"{ACCURACY} by the loss's own score", baseline
     )
