@@ -115,10 +115,10 @@ class AMaPOLoss(nn.Module):
         """Return the loss, the chosen rewards [B] and the rejected rewards [B], the latter two detached.
 
         The first four tensors are `chosen_logps`, `rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` of
-        `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. Pass averages, for
-        which the default beta is meant, or sums together with the lengths. For sums without lengths, which OpenRLHF
-        passes, take a beta of about 0.1. The lengths and the weights are those of `amapo_loss`. `margin` [B], such as a column of a data set, takes the place
-        of the module's own margin in this call.
+        `amapo_loss`, under the names that OpenRLHF's `DPOLoss` gives them. Pass averages, for which the default beta is
+        meant, or sums together with the lengths. For sums without lengths, which OpenRLHF passes, take a beta of about
+        0.1. The lengths and the weights are those of `amapo_loss`. `margin` [B], such as a column of a data set, takes
+        the place of the module's own margin in this call.
         """
         loss, self.diagnostics = amapo_loss(
             policy_chosen_logps,
