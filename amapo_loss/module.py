@@ -4,7 +4,7 @@ Depends on `functional`, the types of its arguments and the argument checks.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -137,6 +137,9 @@ class AMaPOLoss(nn.Module):
             backend=self.backend,
         )
         return loss, self.diagnostics.chosen_rewards, self.diagnostics.rejected_rewards
+
+    if TYPE_CHECKING:  # nn.Module gives its calls the type Any
+        __call__ = forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AMaPOLoss":
         """Copy everything but the process group, which is a handle and cannot be copied."""

@@ -130,7 +130,9 @@ def _frozen_head(
         constant = torch.full_like(block_state.sum_rest, rounding_scale)
         coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
-        product = _mm_out(_buffer_for(direction[block], acc_dtype), grad_z, weight)
+        # A collective needs adjacent numbers, and so memory of its own.
+        free = None if group_name else _free_columns(z, x.dtype, direction.shape[1])
+        product = _mm_out(_buffer_for(direction[block], acc_dtype) if free is None else free, grad_z, weight)
         sum_ranks(product, group_name)
         torch.div(product, rounding_scale, out=direction[block])
         del product  # or it would stay in memory while the next one is computed
@@ -419,6 +421,17 @@ def _reinterpret_dtype(
 ) -> Tensor:
     """Return a view [n, v] of a tile's memory as `dtype`, whose elements are of the same size or smaller."""
     return z.view(dtype)[:, : z.shape[1]]
+
+
+def _free_columns(
+    z: Tensor,  # [n, v]
+    dtype: torch.dtype,
+    num_columns: int,
+) -> Tensor | None:
+    """Return columns of a tile that its view as `dtype` does not cover, or None if there are too few of them."""
+    covered = -(-z.shape[1] * dtype.itemsize // z.itemsize)
+    start = -(-covered // _online_lse.ROW_MULTIPLE) * _online_lse.ROW_MULTIPLE  # matrix units need aligned rows
+    return z[:, start : start + num_columns] if start + num_columns <= z.shape[1] else None
 
 
 # The tokens that count.

@@ -875,6 +875,33 @@ def test_a_trainable_head_needs_one_tile_and_no_second_copy_of_a_gradient(
     assert peak == pytest.approx(sum(leaf.nbytes for leaf in head.leaves) + TILE + copies, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "num_memories"),
+    [
+        pytest.param(40, 1, id="they fit"),  # 20 columns of float32 are covered, and the 16 of a product begin at 24
+        pytest.param(39, 3, id="one column is missing"),
+    ],
+)
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=on_gpu)])
+def test_the_products_of_a_rounded_tile_are_in_the_memory_that_its_rounding_leaves_free(
+    backend: str, vocab_size: int, num_memories: int
+) -> None:
+    head = random_head(8, 1, 16, vocab_size, "hidden")
+    with (
+        tiled(backend, 4 * vocab_size) as device,
+        patch.object(_linear_head, "_mm_out", wraps=_linear_head._mm_out) as mm,
+    ):
+        on_device = head.to(device, torch.bfloat16)
+        linear_token_logps(on_device.hidden[:, 0], on_device.weight, torch.arange(8, device=device))
+    calls = [call.args[:2] for call in mm.call_args_list]  # of two tiles: the logits, and the product of their gradient
+    assert len(calls) == 4
+    assert len({out.untyped_storage().data_ptr() for out, _ in calls}) == num_memories
+    if num_memories == 1:
+        for product, gradient in calls[1::2]:
+            first_byte = product.data_ptr() - gradient.data_ptr()
+            assert 2 * vocab_size <= first_byte <= 4 * product.stride(0) - 4 * 16
+
+
 def test_pytorch_has_the_products_of_bfloat16_with_float32_results() -> None:
     """Only a GPU computes them. The meta device checks the call of `torch.mm` without computing anything."""
     half, single = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import assert_type
 
 from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreWindow, amapo_loss
 from tests.support.generators import random_logps, score_statistics
@@ -19,7 +20,9 @@ def test_openrlhf_can_call_it_in_place_of_its_dpo_loss() -> None:
     """OpenRLHF runs `loss, chosen_reward, reject_reward = loss_fn(chosen, rejected, ref_chosen, ref_rejected)`."""
     policy, ref = random_logps(6), random_logps(6, seed=1)
     loss_fn = AMaPOLoss(0.1, label_smoothing=0.05)
-    loss, chosen_reward, rejected_reward = loss_fn(policy[0], policy[1], ref[0], ref[1])
+    results = loss_fn(policy[0], policy[1], ref[0], ref[1])
+    assert_type(results, tuple[torch.Tensor, torch.Tensor, torch.Tensor])  # `make lint` checks this
+    loss, chosen_reward, rejected_reward = results
     expected = amapo_loss(policy[0], policy[1], ref[0], ref[1], beta=0.1, label_smoothing=0.05)
     assert torch.equal(loss, expected.loss)
     assert torch.equal(chosen_reward, expected.diagnostics.chosen_rewards)
