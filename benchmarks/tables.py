@@ -69,59 +69,36 @@ def rows_by(rows: list[dict[str, Any]], *keys: str) -> dict[Any, dict[str, Any]]
 
 
 def cost_table() -> str:
-    """Return the README's table: one row for the loss, the head and the trainer each."""
-    loss = rows_by(load("latency_cpu")["rows"], "pairs", "variant", "outputs")
-    head = rows_by(load("head_cpu")["rows"], "head", "variant")
+    """Return the README's table: some rows for the loss, the head and the trainer each."""
+    on_cpu, on_gpu = (
+        rows_by(load(f"latency_{name}")["rows"], "pairs", "variant", "outputs") for name in ("cpu", "gpu")
+    )
     rows: list[tuple[str, ...]] = []
-    for pairs in (32, 1024):
-        ours, baseline = (
-            loss[pairs, variant, "loss only"]["median_us"] for variant in ("amapo_loss, eager", "released loss, eager")
-        )
-        rows.append(
-            (
-                f"`amapo_loss`, {pairs:,} pairs",
-                f"{ours:.0f} µs",
-                f"{baseline:.0f} µs",
-                "the authors' loss",
-                "`make bench`",
-            )
-        )
-    on_gpu = rows_by(load("latency_gpu")["rows"], "pairs", "variant", "outputs")
-    for variant, name in (("eager", "the authors' loss"), ("torch.compile", "the authors' loss, compiled")):
-        ours, baseline = (
-            on_gpu[32, loss_name, "loss only"]["median_us"]
-            for loss_name in ("amapo_loss, Triton kernel", f"released loss, {variant}")
-        )
-        rows.append(
-            ("`amapo_loss` (Triton), 32 pairs, H200", f"{ours:.0f} µs", f"{baseline:.0f} µs", name, "`make bench`")
-        )
-    for kind in ("frozen", "trainable"):
-        ours, baseline = (
-            f"{row['ms']:.0f} ms, {row['workspace_mb']:.0f} MB"
-            for row in (head[kind, "linear_sequence_logps"], head[kind, "full logits, counted tokens only"])
-        )
-        rows.append(
-            (f"`linear_sequence_logps`, {kind} head", ours, baseline, "logits of the response tokens", "`make head`")
-        )
-    head_on_gpu = rows_by(load("head_gpu")["rows"], "case", "head", "variant")
+    for title, loss, ours, theirs, baseline in (
+        ("`amapo_loss`, 32 pairs, CPU", on_cpu, "eager", "eager", "the authors' loss"),
+        ("`amapo_loss` (Triton), 32 pairs", on_gpu, "Triton kernel", "eager", "the authors' loss"),
+        ("`amapo_loss` (Triton), 32 pairs", on_gpu, "Triton kernel", "torch.compile", "the authors' loss, compiled"),
+    ):
+        variants = f"amapo_loss, {ours}", f"released loss, {theirs}"
+        costs = (f"{loss[32, variant, 'loss only']['median_us']:.0f} µs" for variant in variants)
+        rows.append((title, *costs, baseline, "`make bench`"))
+    head = rows_by(load("head_gpu")["rows"], "case", "head", "variant")
     for kind in ("frozen", "trainable"):
         for variant, baseline in (
             ("full logits, counted tokens only", "logits of the response tokens"),
             ("TRL ChunkedLogProbFunction", "TRL's fused head"),
         ):
-            ours, other = (
+            costs = (
                 f"{row['ms']:.0f} ms, {row['workspace_mb']:,.0f} MB"
-                for row in (head_on_gpu["Llama-3-8B", kind, name] for name in ("linear_sequence_logps", variant))
+                for row in (head["Llama-3-8B", kind, name] for name in ("linear_sequence_logps", variant))
             )
-            rows.append((f"`linear_sequence_logps`, {kind} head, H200", ours, other, baseline, "`make head`"))
-    for device, ours in (("cpu", "AMaPOTrainer"), ("gpu", "AMaPOTrainer, window of 128 scores")):
-        trainer = rows_by(load(f"trainer_{device}")["rows"], "trainer")
-        costs = (
-            f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB"
-            for name in (ours, "DPOTrainer, precomputed reference")
-        )
-        title = "a step of `AMaPOTrainer`" + {"cpu": "", "gpu": " with a window, H200"}[device]
-        rows.append((title, *costs, "`DPOTrainer`, precomputed reference", "`make trainer`"))
+            rows.append((f"`linear_sequence_logps`, {kind} head", *costs, baseline, "`make head`"))
+    trainer = rows_by(load("trainer_gpu")["rows"], "trainer")
+    names = "AMaPOTrainer, window of 128 scores", "DPOTrainer, precomputed reference"
+    costs = (f"{trainer[name]['ms']:,.0f} ms, {trainer[name]['peak_mb']:.0f} MB" for name in names)
+    rows.append(
+        ("a step of `AMaPOTrainer` with a window", *costs, "`DPOTrainer`, precomputed reference", "`make trainer`")
+    )
     lines = markdown(("", "this library", "baseline", "the baseline is", "command"), rows).splitlines()
     return "\n".join([lines[0], "|---|---:|---:|---|---|", *lines[2:]]) + "\n"
 

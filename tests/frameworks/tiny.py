@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from amapo_loss import ScoreStatistics, amapo_loss, sequence_logps
+from amapo_loss import AdaptiveMargin, ScoreStatistics, amapo_loss, sequence_logps
 from tests.support.additions import additions
 
 BETA = 2.5
@@ -43,7 +43,7 @@ def save_model(folder: str) -> None:
 
 
 class Expected:
-    """The losses with averaged log-probs, without a reference, and with statistics over all scores so far."""
+    """The losses of the released formula: averaged log-probs, no reference, statistics over all scores so far."""
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []
@@ -69,7 +69,8 @@ class Expected:
         logps = sequence_logps(logits.detach(), labels).chunk(2)
         self.scores.append(amapo_loss(*logps, beta=BETA).diagnostics.scores)
         statistics = ScoreStatistics.of(torch.cat(self.scores))
-        self.losses.append(amapo_loss(*logps, beta=BETA, statistics=statistics).loss.item())
+        loss, _ = amapo_loss(*logps, beta=BETA, margin=AdaptiveMargin("released"), statistics=statistics)
+        self.losses.append(loss.item())
 
     def report(self, losses: list[float], window: Any) -> None:
         """Print the losses that the framework has logged beside these, and the numbers of scores and of pairs."""
