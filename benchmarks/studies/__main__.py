@@ -182,6 +182,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         help="learning rate of preference training (default: given by --scale). With several, each loss gets the one "
         "with the highest accuracy on the validation pairs after one run",
     )
+    parser.add_argument("--only-tune", action="store_true", help="stop after the tuning of --learning-rate")
     parser.add_argument(
         "--treatments",
         nargs="+",
@@ -229,6 +230,8 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
         )
     if args.model and args.learning_rate is None and not args.redraw:
         parser.error("--model needs --learning-rate: the default is far too large for a pretrained model")
+    if args.only_tune and len(args.learning_rate or ()) < 2:
+        parser.error("--only-tune needs two or more values of --learning-rate")
     if args.model and (args.width or args.layers):
         parser.error("--width and --layers set the size of the built-in model and cannot be combined with --model")
     if args.trained_blocks and not args.model:
@@ -344,7 +347,7 @@ def run_study(
             console.print(
                 f"{count} entries of the evaluation ({group}) have a prompt that is trained on, with other answers"
             )
-    result = sweep(settings, treatments, seeds, workers, args.store, args.device, args.learning_rates)
+    result = sweep(settings, treatments, seeds, workers, args.store, args.device, args.learning_rates, args.only_tune)
     runs = result.runs if study.needs_curves else [run.without_curves() for run in result.runs]
     record = {
         "asks": study.question,
@@ -396,35 +399,35 @@ def as_json(value: Any) -> Any:
 def report_study(console: Console, name: str, path: Path) -> None:
     """Print the table of a study, add it to the study's JSON file, and draw the pictures next to this file.
 
-    There is a second picture if the learning rates were tuned.
+    There is another table and another picture if the learning rates were tuned.
     """
     study, record = STUDIES[name], json.loads(path.read_text())
     runs = [Run.from_json(entry) for entry in record.pop("runs")]
-    is_whole = {*study.treatments} <= {run.treatment for run in runs}  # else its picture would fail
-    prompts = record.get("prompts of the held-out pairs", ())  # the key is missing in files of earlier versions
-    table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared, prompts)
+    pictures = {}
     if tuning := record.get(TUNING):  # the key is missing in files of earlier versions
         print_tuning(console, tuning)
-    print_table(console, study.question, table)
-    record["table, mean and standard deviation over the seeds"] = table
-    record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table
-    write_record(path, record)
-    if is_whole and (remark := study.remark(runs)):
-        console.print(remark)
-    figure = plt.figure(figsize=(11, study.picture_height))
-    if is_whole:
-        study.draw(figure, runs)
-    else:
-        draw_accuracy(figure, runs, study.baseline)
-    figure.suptitle(study.question, fontsize=11)
-    figure.tight_layout(rect=(0, study.legend_share, 1, 1))
-    pictures = {path.with_suffix(".png"): figure}
-    if tuning:
         figure = plt.figure(figsize=(11, 4.2))
         draw_tuning(figure, tuning)
         figure.suptitle(f"Learning rates of the study {name!r}", fontsize=11)
         figure.tight_layout()
         pictures[path.with_name(f"{name}-rates.png")] = figure
+    if runs:  # there are none with --only-tune
+        prompts = record.get("prompts of the held-out pairs", ())  # the key is missing in files of earlier versions
+        table = tabulate(runs, study.columns, study.baseline, study.other_baselines, study.compared, prompts)
+        print_table(console, study.question, table)
+        record["table, mean and standard deviation over the seeds"] = table
+        figure = plt.figure(figsize=(11, study.picture_height))
+        if {*study.treatments} <= {run.treatment for run in runs}:
+            if remark := study.remark(runs):
+                console.print(remark)
+            study.draw(figure, runs)
+        else:  # with --treatments, the study's own picture would fail
+            draw_accuracy(figure, runs, study.baseline)
+        figure.suptitle(study.question, fontsize=11)
+        figure.tight_layout(rect=(0, study.legend_share, 1, 1))
+        pictures[path.with_suffix(".png")] = figure
+    record["runs"] = [run.to_json() for run in runs]  # the last key, so that the long list does not hide the table
+    write_record(path, record)
     for picture_path, figure in pictures.items():
         write_picture(picture_path, figure)
         plt.close(figure)

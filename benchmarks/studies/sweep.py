@@ -93,6 +93,7 @@ def sweep(
     store: Path,
     device: str,
     learning_rates: Sequence[float] = (),
+    only_tune: bool = False,
 ) -> Sweep:
     """Run every treatment with every seed, starting with the checkpoints.
 
@@ -104,6 +105,7 @@ def sweep(
         store: folder of the finished runs.
         device: device of the models.
         learning_rates: with more than one, they are tuned, see `tune`.
+        only_tune: stop after the tuning, without any runs.
     """
     with Progress(*PROGRESS_COLUMNS) as progress:
         data = load(settings)
@@ -123,9 +125,12 @@ def sweep(
             return [json.loads(path.read_text()) for path in paths]
 
         is_tuned, tuning = len(learning_rates) > 1, list[dict[str, Any]]()
-        checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in range(seeds + is_tuned)])
+        of_tuning, of_runs = range(seeds, seeds + is_tuned), range(0 if only_tune else seeds)
+        checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in (*of_runs, *of_tuning)])
         if is_tuned:
             treatments, tuning = tune(treatments, learning_rates, seeds, partial(perform, "tuning"))
+        if only_tune:
+            return Sweep([], treatments, tuning)
         runs = [(name, seed) for name in treatments for seed in range(seeds)]
         trained = perform("training the treatments", [Job(treatments[name], seed) for name, seed in runs])
     of_checkpoints = [Run(IMITATION, seed, metrics) for seed, metrics in enumerate(checkpoints[:seeds])]

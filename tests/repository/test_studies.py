@@ -522,6 +522,24 @@ def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) ->
     assert len(record["runs"]) == 3 * 2
 
 
+def test_a_tuning_alone_is_that_of_the_whole_study(tmp_path: Path) -> None:
+    arguments = ("ranking", "--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
+    arguments += ("--treatments", "DPO", "AMaPO, paper")
+    tuned, whole = tmp_path / "tuned", tmp_path / "whole"
+    completed = run_command(*arguments, "--out", tuned, "--only-tune")
+    assert completed.returncode == 0, completed.stderr
+    assert {path.name for path in tuned.iterdir()} == {"ranking.json", "ranking-rates.png"}
+    assert "training the treatments" not in completed.stdout
+    finished = {*(tmp_path / "store").glob("*.json")}
+    assert len(finished) == 1 + 2 * 2  # a checkpoint, and two rates of two losses
+    assert run_command(*arguments, "--out", whole).returncode == 0
+    assert len({*(tmp_path / "store").glob("*.json")} - finished) == 2 + 2 * 2  # those of two seeds
+    records = [json.loads((folder / "ranking.json").read_text()) for folder in (tuned, whole)]
+    assert records[0][command.TUNING] == records[1][command.TUNING]
+    assert records[0]["treatments"] == records[1]["treatments"]
+    assert records[0]["runs"] == []
+
+
 def test_an_interrupted_study_continues_from_its_finished_runs(tmp_path: Path) -> None:
     store, out = tmp_path / "store", tmp_path / "out"
     arguments = ("oracle", "--scale", "smoke", "--jobs", 1, "--store", store, "--out", out)
@@ -581,6 +599,7 @@ def test_an_invalid_file_is_reported_before_any_run(tmp_path: Path) -> None:
         (["beta", "--data", "x"], "--data and --eval must be given together"),
         (["beta", "--rm-bench", "x"], "--rm-bench and --also-eval need --data and --eval"),
         (["beta", "--model", "x"], "--model needs --learning-rate"),
+        (["beta", "--only-tune", "--learning-rate", "1e-3"], "--only-tune needs two or more values"),
         (
             ["beta", "--model", "x", "--learning-rate", "1", "--width", "8"],
             "--width and --layers set the size of the built-in model",
