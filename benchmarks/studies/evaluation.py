@@ -23,6 +23,7 @@ class RankedCorrectly(NamedTuple):
 
     by_logp: Tensor  # [N] bool
     by_own_score: Tensor  # [N] bool
+    by_change: Tensor  # [N] bool
 
 
 def evaluate(
@@ -35,7 +36,9 @@ def evaluate(
     """Return how a model ranks the validation pairs, the held-out pairs, and those of the other files.
 
     A pair is ranked correctly if the chosen answer has the higher average log-prob. The metrics named "own score" rank
-    by the implicit rewards of the treatment's loss instead. Identical answers, which truncation makes, count as
+    by the implicit rewards of the treatment's loss instead, and those named "change" by the difference of the average
+    log-prob from the reference, which treats all losses alike. Before training, no log-prob has changed, and there is
+    no such metric. Identical answers, which truncation makes, count as
     misranked, because rounding would otherwise decide between them.
 
     Args:
@@ -52,11 +55,14 @@ def evaluate(
     validation, held_out = results["validation"], results["held out"]
     ranking = as_pairs(*policy["held out"]).ranking()
     pairs, sources = corpus.held_out, indices_by_source(corpus.held_out)
+    has_changed = policy is not ref
     metrics: Metrics = {
         "validation": share_of(validation.by_logp),
         "validation, own score": share_of(validation.by_own_score),
         "held out": share_of(held_out.by_logp),
         "held out, own score": share_of(held_out.by_own_score),
+        "validation, change": share_of(validation.by_change) if has_changed else None,
+        "held out, change": share_of(held_out.by_change) if has_changed else None,
         "ranking mean": ranking.mean().item(),
         "ranking std": ranking.std().item(),
         "chosen log-prob": chosen_logp(policy["held out"]),
@@ -67,6 +73,7 @@ def evaluate(
         "outcomes": {
             "held out": outcomes(held_out.by_logp),
             "held out, own score": outcomes(held_out.by_own_score),
+            "held out, change": outcomes(held_out.by_change),
         },
         "further": {
             name: {
@@ -88,7 +95,7 @@ def evaluate(
 
 
 def ranked_correctly(treatment: Treatment, texts: Texts, policy: AnswerLogps, ref: AnswerLogps) -> RankedCorrectly:
-    """Return which pairs a model ranks correctly, by the two measures of `evaluate`.
+    """Return which pairs a model ranks correctly, by the three measures of `evaluate`.
 
     Args:
         treatment: the loss that the model was trained with.
@@ -104,7 +111,8 @@ def ranked_correctly(treatment: Treatment, texts: Texts, policy: AnswerLogps, re
         chosen, rejected = scores.chunk(2)
         return (chosen > rejected) & differ
 
-    return RankedCorrectly(is_higher(sums / lengths), is_higher(treatment.rewards(sums, lengths, ref[0])))
+    by_own_score = is_higher(treatment.rewards(sums, lengths, ref[0]))
+    return RankedCorrectly(is_higher(sums / lengths), by_own_score, is_higher((sums - ref[0]) / lengths))
 
 
 def chosen_logp(answers: AnswerLogps) -> float:

@@ -139,6 +139,7 @@ RANKING = Study(
         **VALIDATION,
         **HELD_OUT,
         "held out, own score": metric_at("held out, own score"),
+        "held out, change": metric_at("held out, change"),
         **BY_CONFIDENCE,
         **RM_BENCH,
         "chosen log-prob": CHOSEN_LOGP,

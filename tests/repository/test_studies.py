@@ -172,16 +172,24 @@ def test_identical_answers_do_not_count_as_correct() -> None:
     assert accuracies["ties"] == pytest.approx(2 / 9)
 
 
-def test_pairs_are_ranked_by_the_average_log_prob_and_by_the_own_score_of_the_loss() -> None:
-    """The second pair is ranked correctly only relative to the reference. The third is identical after the cut."""
-    texts, _ = tensors([("p", answer) for answer in ("a", "b", "cx", "d", "ee", "cy")], max_prompt=4, max_answer=1)
-    policy = torch.tensor([-1.0, -3, -1, -2, -2, -2]), torch.ones(6)
-    ref = torch.tensor([-1.0, -5, -1, -1, -2, -2]), torch.ones(6)
+def test_pairs_are_ranked_by_the_average_log_prob_by_its_change_and_by_the_own_score_of_the_loss() -> None:
+    """The second pair is ranked correctly only relative to the reference. The third is identical after the cut.
+
+    The chosen answer of the fourth pair has lost 2 nats with 4 tokens, and its rejected answer 1 nat with one token.
+    """
+    answers = ("a", "b", "cx", "f", "d", "ee", "cy", "g")
+    texts, _ = tensors([("p", answer) for answer in answers], max_prompt=4, max_answer=1)
+    lengths = torch.tensor([1.0, 1, 1, 4, 1, 1, 1, 1])
+    policy = torch.tensor([-1.0, -3, -1, -8, -2, -2, -2, -3]), lengths
+    ref = torch.tensor([-1.0, -5, -1, -6, -1, -2, -2, -2]), lengths
     dpo = ranked_correctly(Treatment("dpo", beta=0.1), texts, policy, ref)
-    assert [ranked.tolist() for ranked in dpo] == [[True, False, False], [True, True, False]]
+    assert dpo.by_logp.tolist() == [True, False, False, True]
+    assert dpo.by_own_score.tolist() == [True, True, False, False]
+    assert dpo.by_change.tolist() == [True, True, False, True]
     simpo = ranked_correctly(Treatment("simpo"), texts, policy, ref)
-    assert all(torch.equal(ranked, dpo.by_logp) for ranked in simpo)
-    assert share_of(dpo.by_own_score) == pytest.approx(2 / 3)
+    assert torch.equal(simpo.by_own_score, dpo.by_logp)
+    assert torch.equal(simpo.by_change, dpo.by_change)
+    assert share_of(dpo.by_own_score) == pytest.approx(1 / 2)
     assert (share_of(dpo.by_logp, [1, 2]), share_of(dpo.by_logp, [])) == (0, None)
 
 
