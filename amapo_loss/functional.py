@@ -1,6 +1,6 @@
 """The losses. Each public function checks its arguments and passes them to a backend. Read this file from the top.
 
-This file imports everything in the package except `logps`. The files `module`, `trl` and `__main__` import it.
+Depends on torch, and on the checks, the options, the pairs, the statistics, the diagnostics and the two backends.
 """
 
 from typing import NamedTuple

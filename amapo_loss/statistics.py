@@ -22,8 +22,9 @@ class ScoreStatistics(NamedTuple):
     accumulation, for example, score all micro-batches under `no_grad` first, and pass the statistics of all scores.
 
     Attributes:
-        mean: 0-dim floating tensor. It is float64 from the Triton backend, from several ranks and from a window,
-            because rounding a mean far larger than the standard deviation to float32 would change z.
+        mean: 0-dim floating tensor. It is float64 from the Triton backend, from several ranks, from a window, and
+            with weights or lengths, because rounding a mean far larger than the standard deviation to float32 would
+            change z.
         std: 0-dim floating tensor, the standard deviation with Bessel's correction. It is 0 for fewer than two pairs,
             and all margins are then 0.
         count: 0-dim int64 tensor, the number of pairs.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amapo_loss._collectives import all_gather_row
-from amapo_loss._moments import merge_moments
+from amapo_loss._moments import mean_std_count, merge_moments
 
 # The entries of `Totals.values`. The Triton kernel writes them in this order. The first three are the moments of the
 # scores, the last one is a maximum, and all others are sums over the pairs. Those from "scores" to "scores above mean"
@@ -95,14 +95,15 @@ class Totals:
             return self
         if not self:
             raise ValueError("Totals.none() has no device to gather on: add the totals of a loss call first")
-        return Totals(_merge(all_gather_row(self.values, process_group)))
+        return Totals(_merge(all_gather_row(self.values, process_group, "the totals")))
 
     def summary(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the scalars to log, under the keys of `Diagnostics.summary`, as 0-dim tensors."""
         values = self.values if self else _of_no_pairs()
-        count, score_mean, m2, weights, *_, nonfinite, left_out, max_margin = values.unbind()
+        count, _, _, weights, *_, nonfinite, left_out, max_margin = values.unbind()
         means = (values[_WEIGHTED] / _nonzero(weights)).unbind()
         mean, correct, _, _, _, chosen, rejected, logps_chosen, logps_rejected, margin, active, above_mean = means
+        score_mean, score_std, _ = mean_std_count(values[:3])
         weight_correct, weight_misranked = (values[_GRADIENT_WEIGHTS] / _nonzero(values[_GROUPS])).unbind()
         summary = {
             "rewards/chosen": chosen,
@@ -119,7 +120,7 @@ class Totals:
             "amapo/nonfinite": nonfinite,
             "amapo/margin_max": torch.where(count > 0, max_margin, 0),
             "amapo/score_mean": score_mean,
-            "amapo/score_std": (m2 / (count - 1).clamp(min=1)).sqrt(),
+            "amapo/score_std": score_std,
             "amapo/left_out": left_out,
         }
         return {prefix + key: value for key, value in summary.items()}

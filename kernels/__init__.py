@@ -1,4 +1,4 @@
-"""The GPU kernels, imported as `amapo_loss.kernels`. This file says whether they can run, without importing Triton."""
+"""The GPU kernels, imported as `amapo_loss.kernels`. This file says whether they can run."""
 
 import os
 import warnings

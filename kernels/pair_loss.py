@@ -316,7 +316,8 @@ def _pair_losses(r, h, label_smoothing):
     # log(1 + e): u rounds 1 + e, and the factor e / (u - 1) corrects the logarithm for that rounding.
     u = 1 + e
     log1p = tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))
-    losses = tl.where(shortfall < 0, 0.0, shortfall) + log1p - label_smoothing * shortfall
+    smoothed = tl.where(label_smoothing == 0, 0.0, label_smoothing * shortfall)  # 0 * inf would be NaN
+    losses = tl.where(shortfall < 0, 0.0, shortfall) + log1p - smoothed
     weights = tl.where(shortfall < 0, e, 1.0) / u - label_smoothing
     return losses, weights
 

@@ -22,7 +22,8 @@ frozen head merges the ranks' log-sum-exp tile by tile, before it computes the g
 merges them once. The gradients of the hidden states are added up over the ranks before they are rounded. Every rank
 must call the operators in the same order, as with any collective.
 
-Depends on torch, the argument checks, `amapo_loss.logps._online_lse` and `amapo_loss.logps._vocab_parallel`.
+Depends on torch, the argument checks, `amapo_loss._autograd`, `amapo_loss.logps._online_lse` and
+`amapo_loss.logps._vocab_parallel`.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Log-probs from logits that exist already. The only new tensor of their size is their gradient.
 
 As in `amapo_loss.logps._linear_head`, the work is done in operators that torch.compile does not look into, with an
-autograd function around them. Depends on torch, the argument checks, `amapo_loss.logps._online_lse` and
-`amapo_loss.logps._vocab_parallel`.
+autograd function around them. Depends on torch, the argument checks, `amapo_loss._autograd`,
+`amapo_loss.logps._online_lse` and `amapo_loss.logps._vocab_parallel`.
 """
 
 from collections.abc import Iterable

@@ -11,7 +11,7 @@ Most tokens have p_y near 1 after training. A sum over the rest keeps the digits
 from 1 would lose them. The maximum and the sum stay apart, because the log-sum-exp m + log S would be rounded to the
 digits of m: logits near 10,000 would have log-probs with an error of 5e-4.
 
-The entropy needs a fourth number, $D = \sum_{j \ne y} \exp(z_j - m) (z_j - m)$. With the entropy h(p) of a coin,
+The entropy needs a fourth number, $D = \sum_{j \ne y} \exp(z_j - m) (z_j - m)$. With the binary entropy h(p),
 
     -sum_j p_j log p_j = h(p_y) + (1 - p_y) (log S - D / S)
 

@@ -335,9 +335,23 @@ def call_the_loss_wrongly_on_rank_1(rank: int, group: dist.ProcessGroup) -> None
     amapo_loss(chosen, rejected, process_group=group)
 
 
-def test_the_other_ranks_raise_if_one_rank_does_not_take_part() -> None:
-    with pytest.raises(Exception, match=r"the score statistics of process_group could not be gathered"):
-        on_ranks(2, call_the_loss_wrongly_on_rank_1, timeout=4)
+def reduce_totals_on_rank_0_alone(rank: int, group: dist.ProcessGroup) -> None:
+    if rank == 1:
+        time.sleep(15)
+    amapo_loss(*random_logps(4)).diagnostics.totals().reduced(group)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (call_the_loss_wrongly_on_rank_1, "the score statistics of process_group"),
+        (reduce_totals_on_rank_0_alone, "the totals"),
+    ],
+    ids=["loss", "totals"],
+)
+def test_the_other_ranks_raise_if_one_rank_does_not_take_part(call: Any, what: str) -> None:
+    with pytest.raises(Exception, match=f"{what} could not be gathered"):
+        on_ranks(2, call, timeout=4)
 
 
 def reduce_totals(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:

@@ -324,6 +324,23 @@ def test_an_invalid_weight_makes_the_loss_nan_or_infinite(loss_fn: OnBackend, re
 
 
 @every_backend
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("margin", [math.inf, -math.inf])
+def test_an_infinite_given_margin_changes_only_its_own_pair(
+    loss_fn: OnBackend, margin: float, label_smoothing: float
+) -> None:
+    """A margin function such as the logarithm of a gap may return -inf, with which the loss of a pair is 0."""
+    chosen, rejected = random_logps(3)
+    expected = {(math.inf, 0.0): math.inf, (-math.inf, 0.0): 0.0, (math.inf, 0.1): math.nan, (-math.inf, 0.1): math.inf}
+    margins = torch.tensor([0.0, margin, 0.0])
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
+    loss, diagnostics = loss_fn(chosen, rejected, margin=margins, **options)
+    assert loss[1].item() == pytest.approx(expected[margin, label_smoothing], nan_ok=True)
+    assert diagnostics.gradient_weights[1].item() == pytest.approx((margin > 0) - label_smoothing)
+    of_others, _ = loss_fn(chosen[::2], rejected[::2], margin=torch.zeros(2), **options)
+    torch.testing.assert_close(loss[::2], of_others)
+
+
 def test_a_nonfinite_given_margin_makes_the_loss_nan(loss_fn: OnBackend) -> None:
     loss, diagnostics = loss_fn(*random_logps(4), margin=torch.tensor([0.0, math.nan, 0.0, 0.0]), reduction="none")
     assert loss.isnan().tolist() == [False, True, False, False]

@@ -531,8 +531,8 @@ def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) ->
 
 
 def test_a_tuning_alone_is_that_of_the_whole_study(tmp_path: Path) -> None:
-    arguments = ("ranking", "--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
-    arguments += ("--treatments", "DPO", "AMaPO, paper")
+    common = ("--scale", "smoke", "--store", tmp_path / "store", "--learning-rate", 1e-3, 1e-2)
+    arguments = ("ranking", *common, "--treatments", "DPO", "AMaPO, paper")
     tuned, whole = tmp_path / "tuned", tmp_path / "whole"
     completed = run_command(*arguments, "--out", tuned, "--only-tune")
     assert completed.returncode == 0, completed.stderr
