@@ -32,7 +32,7 @@ def all_gather_row(
         _all_gather(rows, row, group=process_group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{what} could not be gathered: has another rank failed, or not made this call? ({error})"
+            f"{what} could not be gathered: {error}. Has another rank failed, or not made this call?"
         ) from error
     return rows.view(ranks, k)
 
@@ -46,4 +46,4 @@ def all_reduce_sum(
     try:
         dist.all_reduce(tensor, group=process_group)
     except RuntimeError as error:
-        raise RuntimeError(f"{what} could not be added up: has another rank failed? ({error})") from error
+        raise RuntimeError(f"{what} could not be added up: {error}. Has another rank failed?") from error

@@ -39,7 +39,7 @@ class LossOptions(NamedTuple):
         if isinstance(self.margin, (int, float)):
             _checks.number("margin", self.margin)
         elif isinstance(self.margin, Tensor):
-            _checks.real_tensor("margin", self.margin)
+            _checks.plain_activation("margin", _checks.real_tensor("margin", self.margin))
         elif not isinstance(self.margin, AdaptiveMargin):
             expected = (
                 "an AdaptiveMargin such as AdaptiveMargin('released'), a number, a tensor with one entry per pair, "

@@ -37,6 +37,8 @@ class Pairs(NamedTuple):
             _checks.real_tensor(name, tensor)
         if self.weights is not None:
             others["weights"] = _checks.weight_tensor("weights", self.weights)
+        for name, tensor in (logps | others).items():
+            _checks.plain_activation(name, tensor)
         _checks.one_entry_per_pair(logps | others)
         # torch.compile of torch 2.8 can trace neither `_replace` nor slices of a named tuple.
         return Pairs(*self.logps(), **{name: tensor.detach() for name, tensor in others.items()})

@@ -34,7 +34,8 @@ class AMaPOLoss(nn.Module):
         statistics: what the margins are made from, in place of the statistics of each batch. A `ScoreWindow` becomes a
             submodule, so that `state_dict`, `to`, `train` and `eval` act on it as well.
         statistics_window: the module builds a `ScoreWindow` of this size. It cannot be given beside `statistics`.
-        process_group: the data-parallel group, to take the statistics over the pairs of all its ranks.
+        process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. Until
+            `init_process_group`, `torch.distributed.group.WORLD` is None, which means no group.
         reduction: `"mean"`, `"sum"` or `"none"`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 

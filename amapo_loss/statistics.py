@@ -106,6 +106,11 @@ class Estimator(Protocol):
         """
 
 
+WINDOWS_DIFFER = (
+    "the windows of the ranks differ, so that their margins would: load the state, and call reset, on every rank"
+)
+
+
 class ScoreWindow(nn.Module):
     r"""An nn.Module that returns the statistics of the newest `size` scores, for small micro-batches.
 
@@ -121,8 +126,8 @@ class ScoreWindow(nn.Module):
     memory ran out, is stored twice.
 
     With a process group, the scores of all ranks are gathered and ordered by rank. This adds one all-gather of
-    `size` + 4 numbers per rank. Every rank stores the same scores, those of the ranks that want a gradient, so that the
-    windows of all ranks stay bitwise equal and saving the state of one rank is enough.
+    `size` + 6 numbers per rank. Every rank stores the same scores, those of the ranks that want a gradient, so that the
+    windows of all ranks stay bitwise equal and saving the state of one rank is enough. They must have the same size.
 
     The stored scores are state of the run and not weights. They are the extra state of the module, a tensor in
     `state_dict`. They are not registered as buffers, so that `to` does not change their dtype and DDP does not
@@ -136,7 +141,8 @@ class ScoreWindow(nn.Module):
     Raises:
         TypeError: if `size` is not an int.
         ValueError: if `size` is below 1.
-        RuntimeError: from `load_state_dict`, if the state has no window.
+        RuntimeError: from `load_state_dict`, if the state has no window; from a call with a group, on a CPU, if the
+            windows of the ranks differ. On a GPU, PyTorch's device-side assertion fails.
 
     Example:
         >>> import torch
@@ -173,8 +179,13 @@ class ScoreWindow(nn.Module):
         # pairs may have no graph. So each sends whether its own scores are to be stored.
         stores = self.training and scores.requires_grad
         flag = values.new_full((1,), float(stores))
-        rows = all_gather_row(torch.cat([moments(values, finite), flag, _newest(values, finite, size)]), process_group)
-        moments_of_ranks, flags, newest_of_ranks = rows[:, :3], rows[:, 3], rows[:, 4:]
+        # The bits of the stored scores as integers, whose sum does not depend on its order, and so not on the device.
+        own_state = torch.stack([self.seen, self.scores.view(torch.int32).sum()]).to(values)
+        row = torch.cat([moments(values, finite), flag, own_state, _newest(values, finite, size)])
+        rows = all_gather_row(row, process_group)
+        moments_of_ranks, flags, states, newest_of_ranks = rows[:, :3], rows[:, 3], rows[:, 4:6], rows[:, 6:]
+        if process_group is not None:
+            torch._assert_async((states == states[0]).all(), WINDOWS_DIFFER)
         counts = moments_of_ranks[:, 0]
 
         age = torch.arange(size - 1, -1, -1, device=scores.device)  # 0 for the newest stored score

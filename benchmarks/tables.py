@@ -436,7 +436,7 @@ def reasoning_table() -> str:
 
 
 def rates_table(study: str, names: dict[str, str]) -> str:
-    """Return how well each loss ranks the validation pairs after training with several rates.
+    """Return how well each loss ranks the validation pairs after training with several rates, and their log-prob.
 
     Args:
         study: the JSON file of a study whose rates were tuned.
@@ -445,9 +445,10 @@ def rates_table(study: str, names: dict[str, str]) -> str:
     entries = load(study)["tuning of the learning rates on the validation pairs"]
     rates = dict.fromkeys(entry["learning rate"] for entry in entries)
     by_loss = rows_by(entries, "loss", "learning rate")
-    rows = (
-        (name, *(f"{100 * tuned_accuracy(by_loss[loss, rate]):.1f}" for rate in rates)) for loss, name in names.items()
-    )
+    rows = []
+    for loss, name in names.items():
+        of_rates = [by_loss[loss, rate] for rate in rates]
+        rows.append((name, *(f"{100 * tuned_accuracy(x):.1f} ({x['chosen log-prob']:.2f})" for x in of_rates)))
     return markdown(("", *map(format_rate, rates)), rows)
 
 
@@ -562,10 +563,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-batch-size": partial(pretrained_table, ["studies_pretrained/batch-size"], PRETRAINED_BATCH_SIZE),
     "pretrained-rates": partial(
         rates_table,
-        "studies_pretrained/ranking",
-        {"simpo": "SimPO, gamma 0", "amapo, paper": "AMaPO, paper", "amapo, released": "AMaPO, released"},
+        "studies_pretrained_tuned/ranking",
+        {**TUNED, "amapo, released": "AMaPO, released"},
     ),
-    "pretrained-dpo-rates": partial(rates_table, "studies_pretrained_dpo/ranking", {"dpo": "DPO"}),
     "sizes": sizes_table,
     "size-ranking": size_ranking_table,
 }

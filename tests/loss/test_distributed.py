@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from amapo_loss import AdaptiveMargin, AMaPOLoss, ScoreStatistics, ScoreWindow, Totals, amapo_loss
@@ -369,6 +370,41 @@ def test_the_summary_of_reduced_totals_is_that_of_one_process() -> None:
     expected = amapo_loss(*pairs_of_all_ranks(12), weights=torch.arange(12) % 4 > 0).diagnostics.totals().summary()
     for summary in on_ranks(2, reduce_totals):
         torch.testing.assert_close(summary, expected, rtol=1e-6, atol=1e-6)
+
+
+def load_a_window_on_rank_0_alone(rank: int, group: dist.ProcessGroup) -> None:
+    window, other = ScoreWindow(8), ScoreWindow(8)
+    for _ in range(2):
+        other(torch.tensor([1.0, -2.0, 3.0], requires_grad=True), group)
+    window.load_state_dict(other.state_dict())
+    window(torch.tensor([4.0], requires_grad=True), group)  # the windows are equal
+    if rank == 0:
+        window.scores[-1] += 1e-6
+    with pytest.raises(RuntimeError, match="the windows of the ranks differ"):
+        window(torch.tensor([4.0], requires_grad=True), group)
+    if rank == 0:
+        other.reset()
+    with pytest.raises(RuntimeError, match="the windows of the ranks differ"):
+        amapo_loss(*random_logps(4), statistics=other, process_group=group)
+
+
+def test_windows_that_differ_between_ranks_raise() -> None:
+    on_ranks(2, load_a_window_on_rank_0_alone)
+
+
+def pass_dtensors(rank: int, group: dist.ProcessGroup) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    chosen, rejected = (distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in random_logps(4))
+    cases: list[dict[str, Any]] = [{}, {"process_group": group}, {"statistics": ScoreWindow(8)}]
+    for options in cases:
+        with pytest.raises(TypeError, match="chosen_logps must be a plain tensor, got a DTensor: pass chosen_logps"):
+            amapo_loss(chosen, rejected, **options)
+    with pytest.raises(TypeError, match="margin must be a plain tensor, got a DTensor"):
+        amapo_loss(*random_logps(4), margin=chosen)
+
+
+def test_dtensors_with_an_entry_per_pair_raise() -> None:
+    on_ranks(2, pass_dtensors)
 
 
 def train_with_a_window_of_its_own(rank: int, group: dist.ProcessGroup) -> None:
