@@ -341,6 +341,7 @@ def test_an_infinite_given_margin_changes_only_its_own_pair(
     torch.testing.assert_close(loss[::2], of_others)
 
 
+@every_backend
 def test_a_nonfinite_given_margin_makes_the_loss_nan(loss_fn: OnBackend) -> None:
     loss, diagnostics = loss_fn(*random_logps(4), margin=torch.tensor([0.0, math.nan, 0.0, 0.0]), reduction="none")
     assert loss.isnan().tolist() == [False, True, False, False]
