@@ -528,6 +528,8 @@ def test_some_treatments_of_a_study_run_with_the_same_numbers(tmp_path: Path) ->
     runs = json.loads((every / "ranking.json").read_text())["runs"]
     assert all(run in runs for run in record["runs"])
     assert len(record["runs"]) == 3 * 2
+    for run in runs:  # before training, no log-prob has changed
+        assert (run["figures"]["held out, change"] is None) == (run["treatment"] == IMITATION)
 
 
 def test_a_tuning_alone_is_that_of_the_whole_study(tmp_path: Path) -> None:
