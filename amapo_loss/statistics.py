@@ -107,7 +107,7 @@ class Estimator(Protocol):
 
 
 WINDOWS_DIFFER = (
-    "the windows of the ranks differ, so that their margins would: load the state, and call reset, on every rank"
+    "the windows of the ranks differ, so that each would compute other margins: call load_state_dict and reset on all"
 )
 
 
@@ -179,13 +179,13 @@ class ScoreWindow(nn.Module):
         # pairs may have no graph. So each sends whether its own scores are to be stored.
         stores = self.training and scores.requires_grad
         flag = values.new_full((1,), float(stores))
-        # The bits of the stored scores as integers, whose sum does not depend on its order, and so not on the device.
-        own_state = torch.stack([self.seen, self.scores.view(torch.int32).sum()]).to(values)
-        row = torch.cat([moments(values, finite), flag, own_state, _newest(values, finite, size)])
+        # An integer sum is exact in any order. A float sum could differ between devices, and raise a false alarm.
+        checksum = torch.stack([self.seen, self.scores.view(torch.int32).sum()]).to(values)
+        row = torch.cat([moments(values, finite), flag, checksum, _newest(values, finite, size)])
         rows = all_gather_row(row, process_group)
-        moments_of_ranks, flags, states, newest_of_ranks = rows[:, :3], rows[:, 3], rows[:, 4:6], rows[:, 6:]
+        moments_of_ranks, flags, checksums, newest_of_ranks = rows[:, :3], rows[:, 3], rows[:, 4:6], rows[:, 6:]
         if process_group is not None:
-            torch._assert_async((states == states[0]).all(), WINDOWS_DIFFER)
+            torch._assert_async((checksums == checksums[0]).all(), WINDOWS_DIFFER)
         counts = moments_of_ranks[:, 0]
 
         age = torch.arange(size - 1, -1, -1, device=scores.device)  # 0 for the newest stored score

@@ -447,8 +447,11 @@ def rates_table(study: str, names: dict[str, str]) -> str:
     by_loss = rows_by(entries, "loss", "learning rate")
     rows = []
     for loss, name in names.items():
-        of_rates = [by_loss[loss, rate] for rate in rates]
-        rows.append((name, *(f"{100 * tuned_accuracy(x):.1f} ({x['chosen log-prob']:.2f})" for x in of_rates)))
+        cells = []
+        for rate in rates:
+            entry = by_loss[loss, rate]
+            cells.append(f"{100 * tuned_accuracy(entry):.1f} ({entry['chosen log-prob']:.2f})")
+        rows.append((name, *cells))
     return markdown(("", *map(format_rate, rates)), rows)
 
 

@@ -131,9 +131,11 @@ def _frozen_head(
         constant = torch.full_like(block_state.sum_rest, rounding_scale)
         coefficients = _online_lse.gradient_coefficients(constant, block_state, transform)
         _online_lse.write_gradient(grad_z, z, block_state, 0, transform, coefficients)
-        # A collective needs adjacent numbers, and so memory of its own.
-        free = None if group_name else _free_columns(z, x.dtype, direction.shape[1])
-        product = _mm_out(_buffer_for(direction[block], acc_dtype) if free is None else free, grad_z, weight)
+        # `sum_ranks` needs a contiguous tensor, and columns of a tile are not.
+        free_columns = None if group_name else _free_columns(z, x.dtype, direction.shape[1])
+        product = _mm_out(
+            _buffer_for(direction[block], acc_dtype) if free_columns is None else free_columns, grad_z, weight
+        )
         sum_ranks(product, group_name)
         torch.div(product, rounding_scale, out=direction[block])
         del product  # or it would stay in memory while the next one is computed

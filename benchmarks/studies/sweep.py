@@ -125,8 +125,8 @@ def sweep(
             return [json.loads(path.read_text()) for path in paths]
 
         is_tuned, tuning = len(learning_rates) > 1, list[dict[str, Any]]()
-        of_tuning, of_runs = range(seeds, seeds + is_tuned), range(0 if only_tune else seeds)
-        checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in (*of_runs, *of_tuning)])
+        run_seeds, tuning_seeds = range(0 if only_tune else seeds), range(seeds, seeds + is_tuned)
+        checkpoints = perform("training the checkpoints", [Job(None, seed) for seed in (*run_seeds, *tuning_seeds)])
         if is_tuned:
             treatments, tuning = tune(treatments, learning_rates, seeds, partial(perform, "tuning"))
         if only_tune:

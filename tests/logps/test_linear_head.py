@@ -876,15 +876,15 @@ def test_a_trainable_head_needs_one_tile_and_no_second_copy_of_a_gradient(
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "num_memories"),
+    ("vocab_size", "num_storages"),
     [
         pytest.param(40, 1, id="they fit"),  # 20 columns of float32 are covered, and the 16 of a product begin at 24
         pytest.param(39, 3, id="one column is missing"),
     ],
 )
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=on_gpu)])
-def test_the_products_of_a_rounded_tile_are_in_the_memory_that_its_rounding_leaves_free(
-    backend: str, vocab_size: int, num_memories: int
+def test_a_frozen_head_writes_products_into_unused_columns_of_the_tile(
+    backend: str, vocab_size: int, num_storages: int
 ) -> None:
     head = random_head(8, 1, 16, vocab_size, "hidden")
     with (
@@ -895,8 +895,8 @@ def test_the_products_of_a_rounded_tile_are_in_the_memory_that_its_rounding_leav
         linear_token_logps(on_device.hidden[:, 0], on_device.weight, torch.arange(8, device=device))
     calls = [call.args[:2] for call in mm.call_args_list]  # of two tiles: the logits, and the product of their gradient
     assert len(calls) == 4
-    assert len({out.untyped_storage().data_ptr() for out, _ in calls}) == num_memories
-    if num_memories == 1:
+    assert len({out.untyped_storage().data_ptr() for out, _ in calls}) == num_storages
+    if num_storages == 1:
         for product, gradient in calls[1::2]:
             first_byte = product.data_ptr() - gradient.data_ptr()
             assert 2 * vocab_size <= first_byte <= 4 * product.stride(0) - 4 * 16

@@ -329,7 +329,7 @@ def test_an_invalid_weight_makes_the_loss_nan_or_infinite(loss_fn: OnBackend, re
 def test_an_infinite_given_margin_changes_only_its_own_pair(
     loss_fn: OnBackend, margin: float, label_smoothing: float
 ) -> None:
-    """A margin function such as the logarithm of a gap may return -inf, with which the loss of a pair is 0."""
+    """A margin function such as the logarithm of a gap may return -inf. Without smoothing, the loss is then 0."""
     chosen, rejected = random_logps(3)
     expected = {(math.inf, 0.0): math.inf, (-math.inf, 0.0): 0.0, (math.inf, 0.1): math.nan, (-math.inf, 0.1): math.inf}
     margins = torch.tensor([0.0, margin, 0.0])
@@ -342,7 +342,7 @@ def test_an_infinite_given_margin_changes_only_its_own_pair(
 
 
 @every_backend
-def test_a_nonfinite_given_margin_makes_the_loss_nan(loss_fn: OnBackend) -> None:
+def test_a_given_margin_of_nan_makes_the_loss_nan(loss_fn: OnBackend) -> None:
     loss, diagnostics = loss_fn(*random_logps(4), margin=torch.tensor([0.0, math.nan, 0.0, 0.0]), reduction="none")
     assert loss.isnan().tolist() == [False, True, False, False]
     summary = diagnostics.summary()
