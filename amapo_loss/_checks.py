@@ -90,6 +90,12 @@ def scalar_tensor(name: str, value: object, device: torch.device) -> Tensor:
     return tensor
 
 
+def same_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+    """Raise unless `value` is on the device of another argument."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected the device of {other_name}, {device}")
+
+
 def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:
     """Raise unless all tensors are 1-D, of one length and on one device. The keys are the argument names."""
     (first_name, first), *others = tensors.items()
@@ -100,8 +106,7 @@ def one_entry_per_pair(tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected that of {first_name}, {tuple(first.shape)}"
             )
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected the device of {first_name}, {first.device}")
+        same_device(name, tensor, first_name, first.device)
 
 
 def number(

@@ -357,14 +357,6 @@ def linear_token_logps(
     return (logps, entropies) if return_entropy else logps
 
 
-def _shift_labels(
-    labels: Tensor,  # [N, T]
-    ignore_index: int,
-) -> Tensor:
-    """Return labels with the label of t + 1 at t. Shifting the logits instead would copy them."""
-    return F.pad(labels[:, 1:], (0, labels.shape[1] and 1), value=ignore_index)
-
-
 def _predicted_labels(
     labels: Tensor,  # [N, T]
     ignore_index: int,
@@ -376,8 +368,9 @@ def _predicted_labels(
         labels = packing.mask_labels(labels, ignore_index, shift)
     if not shift:
         return labels
-    # A packed sequence may go on in the next row.
-    return _shift_labels(labels.reshape(1, -1) if packing is not None else labels, ignore_index).view_as(labels)
+    # Shifting the logits instead would copy them. A packed sequence may go on in the next row.
+    rows = labels if packing is None else labels.reshape(1, -1)
+    return F.pad(rows[:, 1:], (0, rows.shape[1] and 1), value=ignore_index).view_as(labels)
 
 
 def _reduce_tokens(
@@ -428,8 +421,7 @@ def _check_labels(
             f"{name} must be [N, T, {last_dim}] and labels [N, T], "
             f"got shapes {tuple(states.shape)} and {tuple(labels.shape)}"
         )
-    if labels.device != states.device:
-        raise ValueError(f"labels is on {labels.device}, expected the device of {name}, {states.device}")
+    _checks.same_device("labels", labels, name, states.device)
 
 
 def _checked_transform(
@@ -442,20 +434,6 @@ def _checked_transform(
     final_logit_softcapping: float | None,
 ) -> LogitTransform:
     """Check the arguments of a head without DTensors, and return how its logits follow from products."""
-    _check_head(hidden, weight, targets, bias)
-    _checks.integer("keep_bytes", keep_bytes, at_least=0)
-    _checks.number("logit_scale", logit_scale)
-    if final_logit_softcapping is not None:
-        _checks.number("final_logit_softcapping", final_logit_softcapping, above=0)
-    return LogitTransform(bias, logit_scale, final_logit_softcapping)
-
-
-def _check_head(
-    hidden: Tensor,  # [n, H]
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [n]
-    bias: Tensor | None,  # [V]
-) -> None:
     _checks.token_ids("targets", targets)
     _checks.plain_activation("targets", targets)
     parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -475,10 +453,12 @@ def _check_head(
             f"bias must be {tuple(weight.shape[:1])}, one entry per vocabulary token, got shape {tuple(bias.shape)}"
         )
     for name, tensor in {**parameters, "targets": targets}.items():
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected the device of hidden, {hidden.device}")
-    if _checks.autocasts(hidden.device.type):
-        return
+        _checks.same_device(name, tensor, "hidden", hidden.device)
     for name, parameter in parameters.items():
-        if parameter.dtype != hidden.dtype:
+        if parameter.dtype != hidden.dtype and not _checks.autocasts(hidden.device.type):
             raise ValueError(f"{name} is {parameter.dtype}, expected the dtype of hidden, {hidden.dtype}")
+    _checks.integer("keep_bytes", keep_bytes, at_least=0)
+    _checks.number("logit_scale", logit_scale)
+    if final_logit_softcapping is not None:
+        _checks.number("final_logit_softcapping", final_logit_softcapping, above=0)
+    return LogitTransform(bias, logit_scale, final_logit_softcapping)

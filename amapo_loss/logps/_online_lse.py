@@ -200,7 +200,7 @@ def merge(
     max_rest = maxima.amax(0)
     steps = maxima - max_rest
     if state.deviation_rest is not None:
-        state.deviation_rest.copy_(_moved(deviations[0], sums, steps).sum(0))
+        state.deviation_rest.copy_(_rescaled(deviations[0], sums, steps).sum(0))
     state.target_logit.copy_(target_logits.sum(0))  # 0 in all parts but the target's
     state.sum_rest.copy_((sums * steps.exp()).sum(0))
     state.max_rest.copy_(max_rest)
@@ -255,7 +255,7 @@ def _add_columns(
     if deviation_rest is not None:
         exp = difference.exp()
         difference.masked_fill_(exp == 0, 0)  # 0 * -inf would be NaN
-        deviation_rest.copy_(_moved(deviation_rest, sum_rest, step)).add_((exp * difference).sum(1))
+        deviation_rest.copy_(_rescaled(deviation_rest, sum_rest, step)).add_((exp * difference).sum(1))
     else:
         exp = difference.exp_()
     sum_rest.mul_(step.exp()).add_(exp.sum(1))
@@ -271,7 +271,7 @@ def _log_odds(
     return ((target_logit - max_rest) - sum_rest.log()).masked_fill(target_logit == inf, nan)
 
 
-def _moved(deviation_rest: Tensor, sum_rest: Tensor, step: Tensor) -> Tensor:
+def _rescaled(deviation_rest: Tensor, sum_rest: Tensor, step: Tensor) -> Tensor:
     """Return D after m has changed by -step, exp(step) (D + step S). Where exp(step) is 0, the step may be -inf."""
     exp = step.exp()
     return torch.where(exp > 0, (deviation_rest + sum_rest * step) * exp, 0)

@@ -114,5 +114,4 @@ def _check_integers(name: str, value: object, device: torch.device) -> None:
     """Raise unless this is a plain tensor of integers on the device of `labels`."""
     tensor = _checks.integer_tensor(name, value)
     _checks.plain_activation(name, tensor)
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, expected the device of labels, {device}")
+    _checks.same_device(name, tensor, "labels", device)
