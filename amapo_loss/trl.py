@@ -8,6 +8,7 @@ on the public names of this package, and on its argument checks.
 """
 
 import inspect
+import math
 import warnings
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -47,6 +48,7 @@ _METHODS = (
     "_compute_loss",
     "compute_ref_log_probs",
     "_set_signature_columns_if_needed",
+    "_prepare_inputs",
     "evaluation_loop",
     "log",
     "_save_optimizer_and_scheduler",
@@ -88,6 +90,7 @@ _OPTIONS_OF_A_REFERENCE = (
     "ref_model_sync_steps",
 )
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # of Transformers; they look at `metric_for_best_model`
+_ENOUGH_PAIRS = 64  # the gradient weights are off by a tenth with statistics over so many pairs, see docs/results.md
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
 _CITATION = """@inproceedings{deng2026amapo,
@@ -149,6 +152,9 @@ class AMaPOConfig(DPOConfig):
     """
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the ranking score."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of pairs that are labelled the wrong way round, in [0, 0.5)."}
+    )
     reference_free: bool = field(default=True, metadata={"help": "Load and run no reference model."})
     length_average: bool = field(default=True, metadata={"help": "Divide log-probs by the length of the response."})
     formula: Formula = field(default="paper", metadata={"help": "Margin formula."})
@@ -170,6 +176,10 @@ class AMaPOConfig(DPOConfig):
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the SFT loss on the chosen responses."})
     statistics_window: int | None = field(
         default=None, metadata={"help": "Number of latest scores that the statistics are taken over during training."}
+    )
+    # DPOTrainer knows no such loss. With the default of DPOConfig, it would train DPO with this configuration.
+    loss_type: list[str] = field(
+        default_factory=lambda: ["amapo"], metadata={"help": "Leave it out: AMaPOTrainer has one loss."}
     )
 
     def __post_init__(self) -> None:
@@ -235,6 +245,8 @@ class AMaPOConfig(DPOConfig):
         names = [f.name for f in fields(cls) if f.init and hasattr(dpo_config, f.name)]
         values = {name: getattr(dpo_config, name) for name in names}
         if not isinstance(dpo_config, AMaPOConfig):
+            if dpo_config.loss_type == ["sigmoid"]:  # the default
+                del values["loss_type"]
             if dpo_config.beta == DPOConfig.beta and options.get("length_average", True):
                 del values["beta"]
             sets_metric = dpo_config.load_best_model_at_end or dpo_config.lr_scheduler_type in _SCHEDULERS_BY_METRIC
@@ -258,6 +270,10 @@ class AMaPOConfig(DPOConfig):
         return AdaptiveMargin(**{name: getattr(self, name) for name in _OPTIONS_OF_THE_MARGIN})
 
 
+def _missing_column(column: str, argument: str, data: str) -> ValueError:
+    return ValueError(f"{data} has no column {column!r}, which the configuration names for {argument}")
+
+
 class _CollatorWithColumns(NamedTuple):
     """A collator that adds columns of the data to the batches of TRL's collator, which drops them."""
 
@@ -268,13 +284,20 @@ class _CollatorWithColumns(NamedTuple):
         batch: dict[str, Any] = self.collator(examples)
         for argument, column in self.columns.items():
             if column not in examples[0]:
-                raise ValueError(f"the data has no column {column!r}, which the configuration names for {argument}")
+                raise _missing_column(column, argument, "the data")
             values = [example[column] for example in examples]
             if None in values:
                 raise ValueError(
                     f"the column {column!r}, which the configuration names for {argument}, has a missing value"
                 )
             batch[argument] = torch.tensor(values, dtype=torch.float32)
+            lowest, expected = (0.0, "at least 0 and finite") if argument == "weights" else (-math.inf, "finite")
+            for value in values:  # one NaN would make all weights of the model NaN, and the log would show a loss of 0
+                if not (math.isfinite(value) and value >= lowest):
+                    raise ValueError(
+                        f"the column {column!r}, which the configuration names for {argument}, must be {expected}, "
+                        f"got {value}"
+                    )
         return batch
 
 
@@ -372,6 +395,7 @@ class AMaPOTrainer(DPOTrainer):
         _require(self, _ATTRIBUTES)
         self._require_data_parallelism()
         self._warn()
+        self._check_evaluation_sets()
         if self._columns():
             self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
@@ -395,9 +419,35 @@ class AMaPOTrainer(DPOTrainer):
                     "use data parallelism only"
                 )
 
+    def _check_evaluation_sets(self) -> None:
+        """Raise for what would otherwise raise at the first evaluation, hours after the start."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        sets = several or {"": self.eval_dataset}
+        names = {"train_dataset": self.train_dataset}
+        names |= {f"eval_dataset[{name!r}]" if several else "eval_dataset": data for name, data in sets.items()}
+        for name, data in names.items():
+            known = getattr(data, "column_names", None)  # a streamed data set may not know them
+            for argument, column in self._columns().items():
+                if known is not None and column not in known:
+                    raise _missing_column(column, argument, name)
+        metric = self.args.metric_for_best_model
+        if several and metric is not None and self.args.eval_strategy != "no":
+            prefixes = tuple(f"eval_{name}_" for name in several)
+            if not f"eval_{metric.removeprefix('eval_')}".startswith(prefixes):
+                raise ValueError(
+                    "metric_for_best_model must name one of the evaluation sets, as in "
+                    f"{prefixes[0] + 'rewards/accuracies'!r}, got {metric!r}"
+                )
+
     def _warn(self) -> None:
         """Warn of settings with which training runs, but not as intended."""
         args = self.args
+        if args.length_average and args.beta < 0.5:
+            warnings.warn(
+                f"beta={args.beta:g} is meant for sums of log-probs, and length_average is True: with averages, all "
+                "scores stay near 0. Start with beta=2.0.",
+                stacklevel=3,
+            )
         if args.has_adaptive_margin and not args.length_average and args.beta >= 1:
             warnings.warn(
                 f"beta={args.beta:g} is meant for averaged log-probs, and length_average is False: with sums, margins "
@@ -405,7 +455,7 @@ class AMaPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
         pairs = args.per_device_train_batch_size * self.accelerator.num_processes
-        if args.has_adaptive_margin and args.metric_for_best_model in ("loss", "eval_loss"):
+        if args.has_adaptive_margin and str(args.metric_for_best_model).endswith("loss"):
             warnings.warn(
                 f"metric_for_best_model={args.metric_for_best_model!r} prefers early checkpoints, because the loss "
                 "grows with the margins while the model improves: leave it out, or take 'rewards/accuracies'",
@@ -435,6 +485,21 @@ class AMaPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
 
+    def _warn_of_window(self, pairs_per_micro_batch: int) -> None:
+        """Warn of statistics over far fewer or far more scores than an optimizer step has. All processes count."""
+        size = self.args.statistics_window
+        pairs_per_step = pairs_per_micro_batch * self.args.gradient_accumulation_steps
+        advice = f"set statistics_window={pairs_per_step}, the number of pairs per optimizer step on all processes"
+        if not self.args.has_adaptive_margin:
+            return
+        if size is None and pairs_per_micro_batch < min(pairs_per_step, _ENOUGH_PAIRS):
+            warnings.warn(
+                f"the statistics are those of the pairs of a micro-batch, {pairs_per_micro_batch}: {advice}",
+                stacklevel=2,
+            )
+        if size is not None and not pairs_per_step / 2 <= size <= 2 * pairs_per_step:
+            warnings.warn(f"statistics_window={size} is far from the pairs per step: {advice}", stacklevel=2)
+
     def _columns(self) -> dict[str, str]:
         """Return the columns of the data that the loss uses, by the argument of `amapo_loss` that each becomes."""
         names = {"margin": self.args.margin_column, "weights": self.args.weight_column}
@@ -443,6 +508,13 @@ class AMaPOTrainer(DPOTrainer):
     def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the batch without the columns. `DPOTrainer` passes every key that it does not know to the model."""
         return {name: value for name, value in inputs.items() if name not in self._columns()}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch on the device. DeepSpeed with bf16 would also round every number in it to bfloat16."""
+        names = {"ref_chosen_logps", "ref_rejected_logps", *self._columns()} & inputs.keys()
+        kept = {name: inputs[name].to(self.args.device) for name in names}
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared | kept
 
     def compute_ref_log_probs(self, *arguments: Any) -> Any:
         """Return what `DPOTrainer` returns: the log-probs of the reference for a batch, which is the last argument."""
@@ -465,6 +537,7 @@ class AMaPOTrainer(DPOTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, *arguments: Any, **options: Any) -> Any:
         """Train as `DPOTrainer` does, without the scores of an earlier training or of a try that ran out of memory."""
         self._totals = Totals.none()
+        self._warn_of_window((batch_size or self._train_batch_size) * self.accelerator.num_processes)
         if self.window is not None:
             self.window.reset()
         return super()._inner_training_loop(batch_size, *arguments, **options)
@@ -588,7 +661,8 @@ class AMaPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
-        is_training, is_of_training = self.model.training, not logs.keys().isdisjoint(("loss", "train_loss"))
+        # An evaluation may have the prefix "train", and then a "train_loss", but only a training counts operations.
+        is_training, is_of_training = self.model.training, not logs.keys().isdisjoint(("loss", "total_flos"))
         if is_training and not is_of_training:
             # These are values of a callback. It may run on one process only, so nothing is gathered for them.
             super(DPOTrainer, self).log(logs, start_time)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies ra
 from amapo_loss import trl as amapo_loss_trl  # noqa: E402
 from amapo_loss.trl import AMaPOConfig  # noqa: E402
 from benchmarks.speed import trainer as trainer_benchmark  # noqa: E402
+from benchmarks.speed.trainer import byte_tokenizer  # noqa: E402
 from tests.support.trl import (  # noqa: E402
     make_trainer,
     pairs,
@@ -381,7 +382,9 @@ def test_a_pair_with_an_empty_response_is_left_out(tmp_path: Path, length_averag
     [
         ({"length_average": False}, "beta=2 is meant for averaged log-probs, and length_average is False"),
         ({"per_device_train_batch_size": 1}, "every micro-batch has a single pair, so all margins are 0"),
+        ({"beta": 0.1}, "beta=0.1 is meant for sums of log-probs, and length_average is True"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' prefers early checkpoints"),
+        ({"metric_for_best_model": "eval_a_loss"}, "metric_for_best_model='eval_a_loss' prefers early checkpoints"),
         (
             {"model": tiny_llama().to(torch.bfloat16), "learning_rate": 6e-7},
             "weights are in bfloat16, where most steps of learning_rate=6e-07 are lost in rounding",
@@ -401,6 +404,31 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
 ) -> None:
     with pytest.warns(UserWarning, match=message):
         make_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("accumulation_steps", "window", "message"),
+    [
+        (8, None, "those of the pairs of a micro-batch, 4: set statistics_window=32"),
+        (8, 15, "statistics_window=15 is far from the pairs per step: set statistics_window=32"),
+        (8, 65, "statistics_window=65 is far from the pairs per step: set statistics_window=32"),
+        (8, 16, None),
+        (8, 64, None),
+        (1, None, None),
+    ],
+)
+def test_the_trainer_warns_of_a_window_that_is_far_from_the_pairs_per_step(
+    tmp_path: Path, accumulation_steps: int, window: int | None, message: str | None
+) -> None:
+    options = {"gradient_accumulation_steps": accumulation_steps, "statistics_window": window, "max_steps": 1}
+    for margin in (None, 0.5):
+        trainer = make_trainer(tmp_path, constant_margin=margin, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        texts = [str(warning.message) for warning in caught if "statistics" in str(warning.message)]
+        assert len(texts) == (message is not None and margin is None), texts
+        assert all(str(message) in text for text in texts)
 
 
 def test_weights_in_bfloat16_may_be_trained_with_a_large_rate_copies_or_an_adapter(
@@ -629,15 +657,82 @@ def test_a_callback_may_log_values_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, weight_column="importance")
-    with pytest.raises(ValueError, match="the data has no column 'importance', which the configuration names for weig"):
+    """That of an evaluation set is, too, before the training and not at the first evaluation."""
+    options = {"weight_column": "importance"}
+    missing = "has no column 'importance', which the configuration names for weights"
+    with pytest.raises(ValueError, match=f"train_dataset {missing}"):
+        make_trainer(tmp_path, **options)
+    options["train_dataset"] = pairs_with_columns()
+    with pytest.raises(ValueError, match=f"eval_dataset {missing}"):
+        make_trainer(tmp_path, eval_dataset=pairs(4), **options)
+    with pytest.raises(ValueError, match=rf"eval_dataset\['b'\] {missing}"):
+        make_trainer(tmp_path, eval_dataset={"a": pairs_with_columns(4), "b": pairs(4)}, **options)
+    trainer = make_trainer(tmp_path, eval_dataset=pairs_with_columns(4), **options)
+    with pytest.raises(ValueError, match=f"the data {missing}"):
+        trainer.evaluate(trainer.train_dataset.remove_columns("importance"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("weight_column", None, "the configuration names for weights, has a missing value"),
+        ("weight_column", -1.0, "the configuration names for weights, must be at least 0 and finite, got -1.0"),
+        ("weight_column", math.inf, "the configuration names for weights, must be at least 0 and finite, got inf"),
+        ("margin_column", math.nan, "the configuration names for margin, must be finite, got nan"),
+    ],
+)
+def test_a_wrong_value_in_a_column_is_named(tmp_path: Path, option: str, value: Any, message: str) -> None:
+    """A NaN in one row would become the value of every weight of the model, and the log would show a loss of 0."""
+    dataset = pairs(4).add_column("own", [1.0, value, 1.0, 1.0])
+    trainer = make_trainer(tmp_path, train_dataset=dataset, **{option: "own"})
+    with pytest.raises(ValueError, match=f"the column 'own', which {message}"):
         trainer.train()
-    dataset = pairs(4).add_column("importance", [1.0, None, 1.0, 1.0])
-    trainer = make_trainer(tmp_path, weight_column="importance", train_dataset=dataset)
-    with pytest.raises(
-        ValueError, match="the column 'importance', which the configuration names for weights, has a mis"
-    ):
+
+
+def test_the_best_model_needs_the_metric_of_one_of_several_evaluation_sets(tmp_path: Path) -> None:
+    """Hugging Face would raise at the first evaluation."""
+    options = {"eval_dataset": {"a": pairs(4), "b": pairs(5)}, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    message = "must name one of the evaluation sets, as in 'eval_a_rewards/accuracies', got 'rewards/accuracies'"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+    for metric in ("eval_b_rewards/accuracies", "b_rewards/accuracies"):
+        trainer = make_trainer(tmp_path, metric_for_best_model=metric, **options)
         trainer.train()
+        assert trainer.state.best_metric is not None
+
+
+def test_deepspeed_does_not_round_what_the_loss_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face rounds every number of a batch to the dtype of DeepSpeed. This needs no DeepSpeed."""
+    options = {"train_dataset": pairs_with_columns(), "margin_column": "gap", "weight_column": "importance"}
+    trainer = make_trainer(tmp_path, reference_free=False, precompute_ref_log_probs=True, **options)
+    batch = first_batch(trainer.get_train_dataloader()) | {"other": torch.tensor([1 / 3])}
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer.accelerator.state, "deepspeed_plugins", {"default": plugin})
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["other"].dtype == torch.bfloat16, "otherwise this test shows nothing"
+    for name in ("ref_chosen_logps", "ref_rejected_logps", "margin", "weights"):
+        assert torch.equal(prepared[name], batch[name]), name
+
+
+def test_an_evaluation_on_the_training_pairs_is_no_training_log(tmp_path: Path) -> None:
+    """A callback may evaluate the training accuracy under the prefix of Hugging Face's last training log."""
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
+        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
+            trainer.evaluate(pairs(4), metric_key_prefix="train")
+
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=3)
+    trainer.add_callback(Callback())
+    plain = make_trainer(tmp_path, max_steps=3, logging_steps=3)
+    for each in (trainer, plain):
+        each.train()
+    (logged,), (expected,) = ([x for x in each.state.log_history if "loss" in x] for each in (trainer, plain))
+    for name in ("rewards/margins", "amapo/score_mean", "logps/chosen"):
+        assert logged[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert not any("amapo/score_mean" in x for x in trainer.state.log_history if "train_rewards/margins" in x)
 
 
 def test_the_trainer_refuses_tensor_parallelism(tmp_path: Path) -> None:
@@ -767,7 +862,7 @@ def test_two_processes_train_and_evaluate_like_one_process_with_twice_the_batch(
     [
         (
             {"loss_type": ["ipo"]},
-            "loss_type belongs to another loss of DPOTrainer: leave it at ['sigmoid'], got ['ipo']",
+            "loss_type belongs to another loss of DPOTrainer: leave it at ['amapo'], got ['ipo']",
         ),
         (
             {"loss_type": ["sigmoid", "sft"]},
@@ -829,6 +924,16 @@ def test_the_trainer_rejects_an_unused_reference_model_and_another_config(tmp_pa
         make_trainer(tmp_path, config_class=lambda *_, **__: {})
 
 
+def test_a_dpo_trainer_refuses_the_config(tmp_path: Path) -> None:
+    """Otherwise a script with one of its two imports changed would train DPO with beta 2."""
+    from trl import DPOTrainer
+
+    args = make_trainer(tmp_path).args
+    trainer = DPOTrainer(tiny_llama(), tiny_llama(), args, train_dataset=pairs(), processing_class=byte_tokenizer())
+    with pytest.raises(ValueError, match="Unknown loss type: amapo"):
+        trainer.train()
+
+
 def test_a_dpo_config_becomes_an_amapo_config(tmp_path: Path) -> None:
     from trl import DPOConfig
 
@@ -884,7 +989,7 @@ def test_a_trainer_with_the_config_of_a_dpo_config_trains_as_with_its_own(tmp_pa
             "class DPOConfig: pass\nclass DPOTrainer:\n    def log(self): pass\n    def evaluation_loop(self): pass\n",
             "needs trl>=1.0,<1.17, found 0.24.0, whose DPOTrainer has no _inner_training_loop and no _compute_loss "
             "and no compute_ref_log_probs "
-            "and no _set_signature_columns_if_needed and no _save_optimizer_and_scheduler "
+            "and no _set_signature_columns_if_needed and no _prepare_inputs and no _save_optimizer_and_scheduler "
             "and no _load_optimizer_and_scheduler: run `pip install 'trl>=1.0,<1.17'`",
         ),
         (None, "needs TRL: run `pip install 'trl>=1.0,<1.17'`"),
