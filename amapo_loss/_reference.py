@@ -38,22 +38,24 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -
     return ratio if lengths is None else ratio / lengths
 
 
-def input_scale(
+def scales(
     pairs: Pairs,
     rewards: Tensor,  # [3, B]
     beta: float | Tensor,
-) -> Tensor:
-    """Return beta times the largest absolute value (0-dim) among the terms that the scores are computed from.
+) -> tuple[Tensor, Tensor]:
+    """Return the largest absolute score and the input scale (both 0-dim).
 
-    The rounding error of a score is proportional to it. It may be far larger than the score itself. Without a
-    reference, these terms are the rewards; with a reference, they are also the log-probs that the rewards subtract.
+    The input scale is beta times the largest absolute value among the terms that the scores are computed from. The
+    rounding error of a score is proportional to it. It may be far larger than the score itself. Without a reference,
+    these terms are the rewards; with a reference, they are also the log-probs that the rewards subtract.
     """
+    max_score, max_reward = max_abs(rewards[0]), max_abs(rewards)
     if pairs.ref_chosen_logps is None or pairs.ref_rejected_logps is None:
-        return max_abs(rewards)
+        return max_score, max_reward
     lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
     logps = (pairs.chosen_logps, pairs.rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps)
     terms = torch.stack([log_ratio(x.detach(), None, length) for x, length in zip(logps, lengths * 2)])
-    return torch.maximum(max_abs(rewards), beta * max_abs(terms))
+    return max_score, torch.maximum(max_reward, beta * max_abs(terms))
 
 
 def max_abs(x: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ def adaptive_margins(
     r: Tensor,
     mu: Tensor,  # 0-dim, may be float64
     sigma: Tensor,  # 0-dim
+    max_score: Tensor,  # 0-dim, as the next one from `scales`
     input_scale: Tensor,  # 0-dim
     beta: float | Tensor,
     margin: AdaptiveMargin,
@@ -80,7 +83,7 @@ def adaptive_margins(
         distance = torch.minimum(distance, mu.abs())
     # A score within rounding of the mean counts as equal to it. Otherwise the gate of such a pair, and with it a jump
     # of the margin from 0 to beta, would depend on the order of summation.
-    z = below.masked_fill(distance <= 2 * machine_eps * max_abs(r), 0) / sigma
+    z = below.masked_fill(distance <= 2 * machine_eps * max_score, 0) / sigma
     if not margin.normalize:
         z = (z > 0) + 0 * z  # adding 0 * z keeps a NaN
 

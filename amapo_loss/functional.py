@@ -93,9 +93,10 @@ def amapo_loss(
             `ScoreStatistics` are taken as they are; they are in score units, so beta is included. A `ScoreWindow` or
             any other `Estimator` is called with the scores of this batch and `process_group`. If you pass the
             statistics of a whole optimizer batch, the sums of the losses (`reduction="sum"`) of its micro-batches have
-            exactly the gradient of the sum over the whole batch.
+            the gradient of the sum over the whole batch, except for a pair within rounding of the mean: whether it
+            counts as equal to the mean is decided by the scores of its micro-batch.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. This adds one
-            all-gather of four float64 numbers per rank, if the statistics or the mean need it. None, also under DDP,
+            all-gather of six float64 numbers per rank, if the statistics or the mean need it. None, also under DDP,
             means that there is no communication and each rank takes its own pairs.
         reduction: `"mean"` over the pairs (0 if there are none), `"sum"`, or `"none"` for the [B] losses $a_i L_i$.
             With a process group, `"mean"` returns the sum of this rank's $a_i L_i$ times (number of ranks) / (sum of
@@ -329,15 +330,20 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     r, weights = rewards[0], prepared.weights
     rank_moments = None
     if options.gathers_moments():
-        rank_moments = all_gather_row(weighted_moments(r, pairs.counted(), weights), options.process_group)
+        row = weighted_moments(r, pairs.counted(), weights)
+        scales = torch.stack(_reference.scales(prepared, rewards, options.beta)).to(row)
+        rank_moments = all_gather_row(torch.cat((row, scales)), options.process_group)
 
     statistics = _statistics(options, pairs, d, r, rank_moments)
     margin = _margin(options, pairs, r, statistics)
     if isinstance(margin, AdaptiveMargin):
         # NaN if a score is not finite. The mean of the batch is NaN then, but not that of supplied statistics.
         mu = statistics.mean if options.statistics is None else statistics.mean + (0 * r).sum()
-        input_scale = _reference.input_scale(prepared, rewards, options.beta)
-        h = _reference.adaptive_margins(r, mu, statistics.std, input_scale, options.beta, margin)
+        if rank_moments is None:
+            max_score, input_scale = _reference.scales(prepared, rewards, options.beta)
+        else:
+            max_score, input_scale = rank_moments[:, 4:].amax(0).to(r.dtype)
+        h = _reference.adaptive_margins(r, mu, statistics.std, max_score, input_scale, options.beta, margin)
     else:
         h = _reference.given_margins(r, margin)
     if weights is not None:
@@ -354,7 +360,7 @@ def _statistics(
     pairs: Pairs,
     d: Tensor,  # [B] with its graph
     r: Tensor,  # [B]
-    rank_moments: Tensor | None,  # [ranks, 4], with a process group
+    rank_moments: Tensor | None,  # [ranks, 6], with a process group
 ) -> ScoreStatistics:
     """Return the supplied statistics, those that an estimator returns, or those of the pairs of all ranks."""
     statistics, counted = options.statistics, pairs.counted()
@@ -407,7 +413,7 @@ def _reduce(
     losses: Tensor,  # [B]
     weights: Tensor | None,  # [B]
     reduction: Reduction,
-    rank_moments: Tensor | None,  # [ranks, 4], with a process group
+    rank_moments: Tensor | None,  # [ranks, 6], with a process group
 ) -> Tensor:
     """Return the weighted losses, their sum, or (sum of this rank's) x ranks / (weights of all ranks)."""
     if weights is not None:

@@ -32,7 +32,7 @@ MAX_PAIRS_ONE_LAUNCH = 4096
 PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
 BLOCK_PAIRS = 1024  # pairs that a program holds at a time in all other launches
 MAX_STATISTICS_PROGRAMS = 512  # a power of 2
-MAX_LOSS_PROGRAMS = 264
+MAX_LOSS_PROGRAMS = 264  # at most MAX_STATISTICS_PROGRAMS
 
 MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
@@ -71,7 +71,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor | None  # 0-dim, supplied
     std: Tensor | None  # 0-dim, supplied
-    rank_moments: Tensor | None  # [ranks, 4] count, mean, M2 and sum of the weights
+    rank_moments: Tensor | None  # [ranks, 6] count, mean, M2, sum of the weights, max |score|, max input scale
     num_ranks: int
 
 
@@ -198,16 +198,6 @@ def _score_columns(pairs, pivot, weights, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _no_score_columns(BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Return the stacks of `_score_columns` for no pairs."""
-    if MASKED:
-        addends = tl.zeros((BLOCK, 2, 2), tl.float64)
-    else:
-        addends = tl.zeros((BLOCK, 2), tl.float64)
-    return addends, tl.zeros((BLOCK, 2), tl.float32)
-
-
-@triton.jit
 def _reduce_scores(addends, maxima, n, MASKED: tl.constexpr):
     """Return the sum and the sum of squares of r - pivot, the count, the sum of the weights, max |r|, max input scale.
 
@@ -228,6 +218,25 @@ def _reduce_scores(addends, maxima, n, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _sum_scores(batch, pivot, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return `_reduce_scores` of a program's pairs.
+
+    This is a grid-stride loop: program p of P takes the blocks of pairs p, p + P, p + 2P, ...
+    """
+    if MASKED:
+        addends = tl.zeros((BLOCK, 2, 2), tl.float64)
+    else:
+        addends = tl.zeros((BLOCK, 2), tl.float64)
+    maxima = tl.zeros((BLOCK, 2), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        weights, mask = _load_weights(batch, i, i < n)
+        more = _score_columns(_load_pairs(batch, i, mask, beta), pivot, weights, mask, MASKED)
+        addends, maxima = addends + more[0], tl.maximum(maxima, more[1])
+    return _reduce_scores(addends, maxima, n, MASKED)
+
+
+@triton.jit
 def _moments_from_sums(pivot, sum1, sum2, n):
     """Return the count, the mean and the sum of squared deviations (M2) of the scores, in float64."""
     m2 = sum2 - sum1 * sum1 / tl.maximum(n, 1.0)
@@ -237,32 +246,41 @@ def _moments_from_sums(pivot, sum1, sum2, n):
 
 @triton.jit
 def _merge_moments(rank_moments, num_ranks, BLOCK_RANKS: tl.constexpr):
-    """Merge the moments [ranks, 4] of all ranks by Chan's formula, as `amapo_loss._moments.merge_moments` does.
+    """Merge the moments [ranks, 6] of all ranks by Chan's formula, as `amapo_loss._moments.merge_moments` does.
 
-    The fourth column, the sums of the weights, is added up.
+    The sums of the weights are added up, and the last two columns are maxima.
     """
     rank = tl.arange(0, BLOCK_RANKS)
-    counts = tl.load(rank_moments + 4 * rank, mask=rank < num_ranks, other=0.0)
-    means = tl.load(rank_moments + 4 * rank + 1, mask=rank < num_ranks, other=0.0)
-    m2s = tl.load(rank_moments + 4 * rank + 2, mask=rank < num_ranks, other=0.0)
-    weights = tl.load(rank_moments + 4 * rank + 3, mask=rank < num_ranks, other=0.0)
+    row, in_range = rank_moments + 6 * rank, rank < num_ranks
+    counts = tl.load(row, mask=in_range, other=0.0)
+    means = tl.load(row + 1, mask=in_range, other=0.0)
+    m2s = tl.load(row + 2, mask=in_range, other=0.0)
+    weights = tl.load(row + 3, mask=in_range, other=0.0)
+    max_score = tl.max(tl.load(row + 4, mask=in_range, other=0.0))
+    max_scale = tl.max(tl.load(row + 5, mask=in_range, other=0.0))
     n = tl.sum(counts)
     mu = tl.sum(counts * means) / tl.maximum(n, 1.0)
-    return n, mu, tl.sum(m2s + counts * (means - mu) * (means - mu)), tl.sum(weights)
+    m2 = tl.sum(m2s + counts * (means - mu) * (means - mu))
+    return n, mu, m2, tl.sum(weights), max_score.to(tl.float32), max_scale.to(tl.float32)
 
 
 @triton.jit
-def _batch_statistics(statistics, pivot, sum1, sum2, n, total_weight, BLOCK_RANKS: tl.constexpr):
-    """Return the number of pairs, the mean mu in float64, sigma in float32, and the sum of the weights."""
+def _batch_statistics(statistics, pivot, sums, BLOCK_RANKS: tl.constexpr):
+    """Return what `_reduce_scores` has returned as `sums`, of all ranks.
+
+    It is the number of pairs, the mean mu in float64, sigma in float32, the sum of the weights and the two maxima.
+    """
+    sum1, sum2, n, total_weight, max_score, input_scale = sums
     if statistics.rank_moments is None:
         count, mu, m2 = _moments_from_sums(pivot, sum1, sum2, n)
     else:
-        count, mu, m2, total_weight = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
+        merged = _merge_moments(statistics.rank_moments, statistics.num_ranks, BLOCK_RANKS)
+        count, mu, m2, total_weight, max_score, input_scale = merged
     sigma = tl.sqrt(m2 / tl.maximum(count - 1.0, 1.0)).to(tl.float32)
     if statistics.mean is not None:
         mu = tl.load(statistics.mean).to(tl.float64)
         sigma = tl.load(statistics.std).to(tl.float32)
-    return count, mu, sigma, total_weight
+    return count, mu, sigma, total_weight, max_score, input_scale
 
 
 @triton.jit
@@ -402,12 +420,6 @@ def _reduce_totals(columns, margins):
 
 
 @triton.jit
-def _add_totals(totals, more):
-    """Combine the totals [16] of two sets of pairs."""
-    return tl.where(tl.arange(0, 16) == MAX_MARGIN, tl.maximum(totals, more), totals + more)
-
-
-@triton.jit
 def _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR: tl.constexpr):
     """Write what describes the whole batch: the reduced loss, the totals, the statistics and the number of pairs."""
     k = tl.arange(0, 16)
@@ -461,9 +473,10 @@ def _one_launch_kernel(
     weights, mask = _load_weights(batch, i, i < n)
     pairs = _load_pairs(batch, i, mask, beta)
     addends, maxima = _score_columns(pairs, pivot, weights, mask, MASKED)
-    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(addends, maxima, n, MASKED)
-    statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
-    count, mu, sigma, total_weight = statistics_of_all
+    sums = _reduce_scores(addends, maxima, n, MASKED)
+    sum1, sum2, own_count, own_weight, _, _ = sums
+    statistics_of_all = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
+    count, mu, sigma, total_weight, max_score, input_scale = statistics_of_all
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
     columns, h = _process_block(
@@ -495,42 +508,33 @@ def _one_launch_kernel(
 
 @triton.jit
 def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the moments and the sum of the weights [4] of this rank, which the other ranks need, in one program."""
+    """Write the row [6] of `rank_moments` of this rank, in one program."""
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
-    addends, maxima = _no_score_columns(BLOCK, MASKED)
-    for block in range(0, tl.cdiv(n, BLOCK)):
-        i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        weights, mask = _load_weights(batch, i, i < n)
-        more = _score_columns(_load_pairs(batch, i, mask, beta), pivot, weights, mask, MASKED)
-        addends, maxima = addends + more[0], tl.maximum(maxima, more[1])
-    sum1, sum2, own_count, own_weight, _, _ = _reduce_scores(addends, maxima, n, MASKED)
+    sums = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
+    sum1, sum2, own_count, own_weight, max_score, input_scale = sums
     count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, own_count)
     tl.store(moments, count)
     tl.store(moments + 1, mean)
     tl.store(moments + 2, m2)
     tl.store(moments + 3, own_weight)
+    tl.store(moments + 4, max_score.to(tl.float64))
+    tl.store(moments + 5, input_scale.to(tl.float64))
 
 
 @triton.jit
 def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Write the partial sums and maxima [6, P] of the P programs of this launch, the first of two; reset the counter.
 
-    The last two rows are written only with MASKED. This is a grid-stride loop: program p takes the blocks of pairs p,
-    p + P, p + 2P, ...
+    The last two rows are written only with MASKED.
     """
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    addends, maxima = _no_score_columns(BLOCK, MASKED)
-    for block in range(program, tl.cdiv(n, BLOCK), num_programs):
-        i = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        weights, mask = _load_weights(batch, i, i < n)
-        more = _score_columns(_load_pairs(batch, i, mask, beta), pivot, weights, mask, MASKED)
-        addends, maxima = addends + more[0], tl.maximum(maxima, more[1])
-    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(addends, maxima, n, MASKED)
+    sums = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
+    sum1, sum2, own_count, own_weight, max_score, input_scale = sums
     tl.store(partials + program, sum1)
     tl.store(partials + num_programs + program, sum2)
     tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
@@ -588,11 +592,10 @@ def _loss_kernel(
         addends = _stack_4((sums1, sums2, counts, sums_of_weights), in_range)
     else:
         addends = _stack_2((sums1, sums2), in_range)
-    sum1, sum2, own_count, own_weight, max_score, input_scale = _reduce_scores(
-        addends, _stack_2((max_scores, max_scales), in_range), n, MASKED
-    )
-    statistics_of_all = _batch_statistics(statistics, pivot, sum1, sum2, own_count, own_weight, BLOCK_RANKS)
-    count, mu, sigma, total_weight = statistics_of_all
+    sums = _reduce_scores(addends, _stack_2((max_scores, max_scales), in_range), n, MASKED)
+    sum1, sum2, own_count, own_weight, _, _ = sums
+    statistics_of_all = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
+    count, mu, sigma, total_weight, max_score, input_scale = statistics_of_all
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
 
@@ -632,17 +635,14 @@ def _loss_kernel(
 
     tl.debug_barrier()  # all threads must have stored their totals before one of them counts this program as done
     if tl.atomic_add(done_counter, 1, sem="acq_rel") == num_programs - 1:
-        no_pairs = tl.where(k == MAX_MARGIN, -INF, 0.0)
-        totals = no_pairs
-        for first_row in range(0, num_programs, 64):
-            row = first_row + tl.arange(0, 64)[:, None]
-            rows = tl.load(
-                program_totals + row * 16 + k[None, :],
-                mask=row < num_programs,
-                cache_modifier=".cg",  # the L1 cache may hold what was there before the other programs wrote
-            )
-            rows = tl.where(row < num_programs, rows, no_pairs[None, :])
-            totals = _add_totals(totals, tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0)))
+        row = tl.arange(0, MAX_PARTIALS)[:, None]
+        rows = tl.load(
+            program_totals + row * 16 + k[None, :],
+            mask=row < num_programs,
+            other=tl.where(k == MAX_MARGIN, -INF, 0.0)[None, :],
+            cache_modifier=".cg",  # the L1 cache may hold what was there before the other programs wrote
+        )
+        totals = tl.where(k == MAX_MARGIN, tl.max(rows, axis=0), tl.sum(rows, axis=0))
         own_moments = _moments_from_sums(pivot, sum1, sum2, own_count)
         _write_batch_outputs(totals, own_moments, own_weight, mu, sigma, count, n, loss_scale, out, PER_PAIR)
 
@@ -661,7 +661,7 @@ def _launch(
     given_margins: Tensor | None,
     mean: Tensor | None,  # 0-dim, supplied statistics
     std: Tensor | None,  # 0-dim
-    rank_moments: Tensor | None,  # [ranks, 4]
+    rank_moments: Tensor | None,  # [ranks, 6]
     beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
     beta: float,
     label_smoothing: float,
@@ -760,12 +760,12 @@ def _launch_moments(
     beta_tensor: Tensor | None,  # 0-dim, in place of `beta`
     beta: float,
 ) -> Tensor:
-    """Return the moments of the scores and the sum of the weights [4] in float64: count, mean, M2 and sum."""
+    """Return a row [6] of `Statistics.rank_moments`, in float64."""
     chosen = _responses(chosen_logps, ref_chosen_logps, chosen_lengths)
     rejected = _responses(rejected_logps, ref_rejected_logps, rejected_lengths)
     batch = Batch(chosen, rejected, weights, 0 if weights is None else weights.stride(0))
     masked = weights is not None or chosen_lengths is not None
-    out, n = torch.empty(4, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
+    out, n = torch.empty(6, dtype=torch.float64, device=chosen_logps.device), len(chosen_logps)
     with torch.cuda.device_of(chosen_logps):
         _moments_kernel[(1,)](
             batch,
@@ -828,7 +828,7 @@ def _(chosen_logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Te
 
 @torch.library.register_fake("amapo_loss::moments", lib=_library)
 def _(chosen_logps: Tensor, *_: Any) -> Tensor:
-    return torch.empty(4, dtype=torch.float64, device=chosen_logps.device)
+    return torch.empty(6, dtype=torch.float64, device=chosen_logps.device)
 
 
 NO_SECOND_DERIVATIVE = "backend='triton' has no second derivative: use backend='torch' for double backward"
@@ -889,7 +889,7 @@ class PairLossOutput(NamedTuple):
 def pair_loss(
     pairs: Pairs,
     options: LossOptions,  # its statistics and its margin are not functions
-    rank_moments: Tensor | None,  # [ranks, 4]
+    rank_moments: Tensor | None,  # [ranks, 6]
 ) -> PairLossOutput:
     """Compute the loss of checked pairs."""
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs.logps())
@@ -911,7 +911,7 @@ def pair_loss(
 
 
 def moments(pairs: Pairs, beta: float | Tensor) -> Tensor:
-    """Return the moments of the scores and the sum of the weights [4] in float64: count, mean, M2 and sum."""
+    """Return a row [6] of `rank_moments`: count, mean, M2, sum of the weights, max |score| and max input scale."""
     device = pairs.chosen_logps.device
     result: Tensor = torch.ops.amapo_loss.moments.default(*pairs.detached(), *_beta_arguments(beta, device))
     return result

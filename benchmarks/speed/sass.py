@@ -180,7 +180,7 @@ def compile_pair_loss() -> None:
                     empty(n) if given else None,  # given_margins
                     empty(),  # mean
                     empty(),  # std
-                    empty(3, 4),  # rank_moments, of three ranks
+                    empty(3, 6, dtype=torch.float64),  # rank_moments, of three ranks
                     empty(),  # beta_tensor
                 ]
             formula = None if given else "released" if with_optional else "paper"

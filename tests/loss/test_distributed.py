@@ -63,8 +63,10 @@ OPTIONS_PER_PAIR: dict[str, dict[str, Any]] = {
 }
 CASES = [(split, option) for split in PAIRS_PER_RANK for option in OPTIONS]
 
-# Two kinds of batches on which rounding errors would be visible, and the options that show them.
+# Kinds of batches on which rounding errors would be visible, and the options that show them.
 EQUAL_SCORES, LARGE_MEAN = "equal scores", "a mean far larger than the standard deviation"
+# What counts as rounding error depends on the largest numbers of all ranks. Here, those are on rank 0.
+LARGE_INPUTS, LARGE_SCORE = "scores equal up to the rounding of rank 0", "a score at the mean, and a large one"
 PAIRS_PER_RANK_ROUNDING = (32, 7, 0, 61)
 OPTIONS_ROUNDING: dict[str, Any] = {"beta": 1.0, "margin": AdaptiveMargin(scaling="linear")}
 
@@ -75,6 +77,13 @@ def pairs_of_all_ranks(n: int, kind: str = "") -> Pairs:
         chosen = rejected + 0.3
     elif kind == LARGE_MEAN:
         chosen, rejected = 50 + 0.01 * chosen, torch.zeros(n)
+    elif kind == LARGE_INPUTS:
+        rejected = torch.where(torch.arange(n) < PAIRS_PER_RANK_ROUNDING[0], -1700.0, -120.0)
+        chosen = rejected + torch.arange(n) % 5 / 4096
+    elif kind == LARGE_SCORE:
+        chosen, rejected = chosen - rejected, torch.zeros(n)
+        chosen[0] = 300
+        chosen[-1] = chosen[:-1].double().mean() - 2e-5
     return [chosen, rejected]
 
 
@@ -107,7 +116,7 @@ def compute_all_cases(rank: int, group: dist.ProcessGroup) -> dict[Any, Any]:
             name: values(sum(sizes)).split(sizes)[rank] for name, values in OPTIONS_PER_PAIR.get(option, {}).items()
         }
         results[split, option] = loss_outputs(pairs, process_group=group, **OPTIONS[option] | per_pair)
-    for kind in (EQUAL_SCORES, LARGE_MEAN):
+    for kind in (EQUAL_SCORES, LARGE_MEAN, LARGE_INPUTS, LARGE_SCORE):
         for backend in ("torch", "triton"):
             sizes = PAIRS_PER_RANK_ROUNDING[:world]
             pairs = pairs_of_rank(pairs_of_all_ranks(sum(sizes), kind), sizes, rank)
@@ -152,6 +161,11 @@ def test_several_ranks_compute_what_one_process_computes(world: int) -> None:
         # In float32, scores this close to the mean count as equal to it, and their margin is 0.
         at_gate = ((pairs[0] - pairs[1]) - exact["statistics"].mean).abs() < 1e-4
         torch.testing.assert_close(margins.double()[~at_gate], exact["margins"][~at_gate], rtol=1e-5, atol=0)
+        for kind in (LARGE_INPUTS, LARGE_SCORE):
+            pairs = pairs_of_all_ranks(sum(PAIRS_PER_RANK_ROUNDING[:world]), kind)
+            margins = torch.cat([result[kind, backend]["margins"] for result in results])
+            assert margins[-1] == 0, "otherwise the next line shows nothing"
+            torch.testing.assert_close(margins, loss_outputs(pairs, **OPTIONS_ROUNDING)["margins"], **tolerance)
 
 
 def compare_compiled_with_eager(rank: int, group: dist.ProcessGroup) -> None:

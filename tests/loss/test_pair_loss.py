@@ -161,7 +161,7 @@ def operator_arguments(n: int = 9, **changed: Any) -> list[Any]:
         {"given_margins": torch.linspace(0, 2, 9), "formula": None},
         {"formula": None, "constant_margin": 0.5},
         {"mean": torch.tensor(0.3), "std": torch.tensor(1.0, dtype=torch.float64)},
-        {"rank_moments": torch.tensor([[3, 0.1, 2.0, 3.0], [6, 0.2, 3.0, 6.0]], dtype=torch.float64)},
+        {"rank_moments": torch.tensor([[3, 0.1, 2, 3, 4, 5], [6, 0.2, 3, 6, 2, 9]], dtype=torch.float64)},
         {"beta_tensor": torch.tensor(3.0)},
     ],
     ids=lambda changed: "-".join(changed) or "plain",
