@@ -91,7 +91,8 @@ class Diagnostics(NamedTuple):
             - `amapo/margin_accuracies`: share of pairs with r above `statistics.mean`. The authors use this metric.
             - `amapo/gradient_weight_correct`: mean of sigmoid(h - r) - eps over the pairs with r > 0.
             - `amapo/gradient_weight_misranked`: the same over the pairs with r <= 0.
-            - `amapo/nonfinite`: number of pairs whose score is NaN or infinite, or whose weight is invalid.
+            - `amapo/nonfinite`: number of pairs whose score is NaN or infinite, or whose weight is invalid. If there is
+              one, the other values are undefined, and may differ between backends.
             - `amapo/left_out`: number of pairs that are left out. No other value includes them.
 
         Example:

@@ -292,7 +292,8 @@ def _uses_triton(pairs: Pairs, options: LossOptions) -> bool:
     if backend == "triton" and needs_float64:
         raise ValueError("backend='triton' computes in float32, got float64 log-probs: use backend='torch' or 'auto'")
     if backend == "triton" and device.type != ("cpu" if kernels.interpreted() else "cuda"):
-        raise ValueError(f"backend='triton' runs on a GPU, got chosen_logps on {device}: use backend='torch' or 'auto'")
+        place = "is interpreted on the CPU" if kernels.interpreted() else "runs on a GPU"
+        raise ValueError(f"backend='triton' {place}, got chosen_logps on {device}: use backend='torch' or 'auto'")
     return not (needs_float64 or in_forward_mode)
 
 

@@ -1,7 +1,8 @@
 """Two kernels for a tile of logits: one adds it to an online log-sum-exp, the other writes its gradient.
 
 Each kernel reads the tile once. The mathematics, the symbols and the order of the arguments are those of
-`amapo_loss.logps._online_lse`. One program processes one row. Depends only on torch and Triton.
+`amapo_loss.logps._online_lse`. One program processes one row. Depends only on torch, Triton
+and `amapo_loss.kernels`.
 
 A tile is [n, v], or [n / inner, inner, v] with any strides. Row r of the latter has the index (r // inner, r % inner).
 `z_outer_stride` and `z_inner_stride` are the strides over these two, and `z_column_stride` is the stride over columns.
@@ -11,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from amapo_loss.kernels import next_power_of_2
 
 MAX_BLOCK = 4096  # columns that a program holds at a time
 
@@ -235,4 +238,5 @@ def _layout(z: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _block(num_columns: int) -> int:
-    return min(MAX_BLOCK, max(128, int(triton.next_power_of_2(num_columns))))
+    block: int = min(MAX_BLOCK, max(128, next_power_of_2(num_columns)))
+    return block

@@ -23,6 +23,7 @@ from torch import Tensor
 from amapo_loss._autograd import once_differentiable
 from amapo_loss._options import LossOptions
 from amapo_loss._pairs import Pairs
+from amapo_loss.kernels import next_power_of_2
 from amapo_loss.margin import AdaptiveMargin
 from amapo_loss.statistics import ScoreStatistics
 
@@ -701,12 +702,12 @@ def _launch(
         "CLIP": clip,
         "MASKED": masked,
         "MEAN_ON_DEVICE": mean_on_device,
-        "BLOCK_RANKS": _next_power_of_2(num_ranks),
+        "BLOCK_RANKS": next_power_of_2(num_ranks),
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(chosen_logps):  # Triton launches on the current device, not on that of the tensors
         if n <= MAX_PAIRS_ONE_LAUNCH:
-            block = max(32, _next_power_of_2(n))
+            block = max(32, next_power_of_2(n))
             num_warps = min(max(block // PAIRS_PER_WARP, 1), 16)
             _one_launch_kernel[(1,)](
                 batch, statistics, margins, beta_tensor, out, *numbers, **constants, BLOCK=block, num_warps=num_warps
@@ -795,10 +796,6 @@ def _allocate_outputs(
         empty((2,), dtype=torch.float64),
         empty((), dtype=torch.int64),
     )
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()  # that of Triton takes 8 microseconds
 
 
 def _responses(

@@ -402,3 +402,9 @@ def test_the_message_says_what_triton_cannot_compute(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     with raises(ValueError, "backend='triton' runs on a GPU, got chosen_logps on cpu: use backend='torch' or 'auto'"):
         amapo_loss(LOGPS, LOGPS, backend="triton")
+    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    logps = LOGPS.to("meta")
+    with raises(
+        ValueError, "backend='triton' is interpreted on the CPU, got chosen_logps on meta: use backend='torch'"
+    ):
+        amapo_loss(logps, logps, backend="triton")
