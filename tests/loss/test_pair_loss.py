@@ -93,6 +93,11 @@ def test_the_constants_are_those_of_the_reference() -> None:
     assert pair_loss.MACHINE_EPS.value == torch.finfo(torch.float32).eps
 
 
+def test_the_last_program_reads_the_totals_of_all_programs() -> None:
+    """It reads as many rows as there may be programs in the first launch, so there must not be more in the second."""
+    assert pair_loss.MAX_LOSS_PROGRAMS <= pair_loss.MAX_STATISTICS_PROGRAMS
+
+
 @every_number_of_launches
 def test_a_mean_far_larger_than_the_std_costs_no_precision(loss_fn: OnBackend) -> None:
     """The mean is 50 and the standard deviation 0.01.
