@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.losses import LOSSES
-from benchmarks.studies.report import ERROR_OVER_PROMPTS, format_rate, metric_at, seed_values, treatment_names
+from benchmarks.studies.report import (
+    ERROR_OVER_PROMPTS,
+    format_rate,
+    format_summary,
+    metric_at,
+    seed_values,
+    tabulate,
+    treatment_names,
+)
 from benchmarks.studies.studies import SIMPO, gradient_norm
 from benchmarks.studies.sweep import Run, tuned_accuracy
 
@@ -320,6 +328,35 @@ def pretrained_table(study_files: Sequence[str], columns: dict[str, tuple[str, .
     return markdown(("", "learning rate", *columns), rows)
 
 
+def pretrained_change_table() -> str:
+    """Return how much the pretrained model's ranking has changed: the accuracies that mean the same for all losses."""
+    study, change = load("studies_pretrained_tuned/ranking"), "held out, change"
+    columns = {
+        "by the average log-prob": ("held out",),
+        "by the loss's own score": ("held out, own score",),
+        "by the change of the average log-prob": (change,),
+        "log-prob of chosen answers": ("chosen log-prob",),
+    }
+    runs = [Run.from_json(entry) for entry in study["runs"]]
+    compared = tabulate(runs, {}, SIMPO, compared=change, prompts=study["prompts of the held-out pairs"])
+    rows = []
+    for name in treatment_names(runs):
+        treatment = study["treatments"].get(name)
+        if treatment is None:  # the checkpoint, which all seeds share
+            first = [run for run in runs if run.treatment == name][:1]
+            rows.append(["before training", "", spread(first, name, ("held out",)), "", "", "", ""])
+            rows[-1].append(spread(first, name, ("chosen log-prob",)))
+            continue
+        gain, error = compared[name].get(f"over {SIMPO}"), compared[name].get(ERROR_OVER_PROMPTS)
+        *accuracies, logp = (spread(runs, name, keys) for keys in columns.values())
+        gain_text = "" if gain is None else format_summary(f"over {SIMPO}", gain)
+        error_text = "" if error is None else f"{100 * error[0]:.1f}"
+        rows.append([name, format_rate(treatment["learning_rate"]), *accuracies, gain_text, error_text, logp])
+    *titles, last = columns
+    header = ("", "learning rate", *titles, "over SimPO, gamma 0, by the change", ERROR_OVER_PROMPTS, last)
+    return markdown(header, rows)
+
+
 def spread(runs: list[Run], treatment: str, keys: tuple[str, ...]) -> str:
     """Return the mean of a metric over the seeds and, in brackets, its standard deviation; "" if no run has it.
 
@@ -552,6 +589,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-ranking": real_ranking_table,
     "pretrained-ranking": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_RANKING),
     "pretrained-others": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_OTHERS),
+    "pretrained-change": pretrained_change_table,
     "equal-rate-ranking": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_RANKING),
     "equal-rate-others": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
