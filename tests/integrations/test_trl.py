@@ -705,7 +705,8 @@ def test_the_best_model_needs_the_metric_of_one_of_several_evaluation_sets(tmp_p
 def test_deepspeed_does_not_round_what_the_loss_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hugging Face rounds every number of a batch to the dtype of DeepSpeed. This needs no DeepSpeed."""
     options = {"train_dataset": pairs_with_columns(), "margin_column": "gap", "weight_column": "importance"}
-    trainer = make_trainer(tmp_path, reference_free=False, precompute_ref_log_probs=True, **options)
+    reference = {"ref_model": tiny_llama(1), "reference_free": False, "precompute_ref_log_probs": True}
+    trainer = make_trainer(tmp_path, **reference, **options)
     batch = first_batch(trainer.get_train_dataloader()) | {"other": torch.tensor([1 / 3])}
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
