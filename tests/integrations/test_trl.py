@@ -723,7 +723,7 @@ def test_an_evaluation_on_the_training_pairs_is_no_training_log(tmp_path: Path) 
 
     class Callback(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
         def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-            trainer.evaluate(pairs(4), metric_key_prefix="train")
+            trainer.evaluate(trainer.train_dataset.select(range(4)), metric_key_prefix="train")
 
     trainer = make_trainer(tmp_path, max_steps=3, logging_steps=3)
     trainer.add_callback(Callback())
