@@ -38,12 +38,12 @@ def log_ratio(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -
     return ratio if lengths is None else ratio / lengths
 
 
-def scales(
+def rounding_scales(
     pairs: Pairs,
     rewards: Tensor,  # [3, B]
     beta: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the largest absolute score and the input scale (both 0-dim).
+    """Return what rounding errors are judged by: the largest absolute score and the input scale (both 0-dim).
 
     The input scale is beta times the largest absolute value among the terms that the scores are computed from. The
     rounding error of a score is proportional to it. It may be far larger than the score itself. Without a reference,
@@ -67,7 +67,7 @@ def adaptive_margins(
     r: Tensor,
     mu: Tensor,  # 0-dim, may be float64
     sigma: Tensor,  # 0-dim
-    max_score: Tensor,  # 0-dim, as the next one from `scales`
+    max_score: Tensor,  # 0-dim, like the next from `rounding_scales`
     input_scale: Tensor,  # 0-dim
     beta: float | Tensor,
     margin: AdaptiveMargin,

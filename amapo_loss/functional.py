@@ -332,7 +332,7 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
     rank_moments = None
     if options.gathers_moments():
         row = weighted_moments(r, pairs.counted(), weights)
-        scales = torch.stack(_reference.scales(prepared, rewards, options.beta)).to(row)
+        scales = torch.stack(_reference.rounding_scales(prepared, rewards, options.beta)).to(row)
         rank_moments = all_gather_row(torch.cat((row, scales)), options.process_group)
 
     statistics = _statistics(options, pairs, d, r, rank_moments)
@@ -341,7 +341,7 @@ def _torch_loss(pairs: Pairs, options: LossOptions) -> AMaPOOutput:
         # NaN if a score is not finite. The mean of the batch is NaN then, but not that of supplied statistics.
         mu = statistics.mean if options.statistics is None else statistics.mean + (0 * r).sum()
         if rank_moments is None:
-            max_score, input_scale = _reference.scales(prepared, rewards, options.beta)
+            max_score, input_scale = _reference.rounding_scales(prepared, rewards, options.beta)
         else:
             max_score, input_scale = rank_moments[:, 4:].amax(0).to(r.dtype)
         h = _reference.adaptive_margins(r, mu, statistics.std, max_score, input_scale, options.beta, margin)

@@ -395,7 +395,7 @@ class AMaPOTrainer(DPOTrainer):
         _require(self, _ATTRIBUTES)
         self._require_data_parallelism()
         self._warn()
-        self._check_evaluation_sets()
+        self._check_data_sets()
         if self._columns():
             self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
@@ -419,20 +419,19 @@ class AMaPOTrainer(DPOTrainer):
                     "use data parallelism only"
                 )
 
-    def _check_evaluation_sets(self) -> None:
+    def _check_data_sets(self) -> None:
         """Raise for what would otherwise raise at the first evaluation, hours after the start."""
-        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        sets = several or {"": self.eval_dataset}
-        names = {"train_dataset": self.train_dataset}
-        names |= {f"eval_dataset[{name!r}]" if several else "eval_dataset": data for name, data in sets.items()}
-        for name, data in names.items():
+        eval_sets = {"eval_dataset": self.eval_dataset}
+        if several := isinstance(self.eval_dataset, dict):
+            eval_sets = {f"eval_dataset[{name!r}]": data for name, data in self.eval_dataset.items()}
+        for name, data in {"train_dataset": self.train_dataset, **eval_sets}.items():
             known = getattr(data, "column_names", None)  # a streamed data set may not know them
             for argument, column in self._columns().items():
                 if known is not None and column not in known:
                     raise _missing_column(column, argument, name)
         metric = self.args.metric_for_best_model
         if several and metric is not None and self.args.eval_strategy != "no":
-            prefixes = tuple(f"eval_{name}_" for name in several)
+            prefixes = tuple(f"eval_{name}_" for name in self.eval_dataset)
             if not f"eval_{metric.removeprefix('eval_')}".startswith(prefixes):
                 raise ValueError(
                     "metric_for_best_model must name one of the evaluation sets, as in "

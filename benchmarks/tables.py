@@ -344,8 +344,8 @@ def pretrained_change_table() -> str:
         treatment = study["treatments"].get(name)
         if treatment is None:  # the checkpoint, which all seeds share
             first = [run for run in runs if run.treatment == name][:1]
-            rows.append(["before training", "", spread(first, name, ("held out",)), "", "", "", ""])
-            rows[-1].append(spread(first, name, ("chosen log-prob",)))
+            accuracy, logp = (spread(first, name, (key,)) for key in ("held out", "chosen log-prob"))
+            rows.append(["before training", "", accuracy, "", "", "", "", logp])
             continue
         gain, error = compared[name].get(f"over {SIMPO}"), compared[name].get(ERROR_OVER_PROMPTS)
         *accuracies, logp = (spread(runs, name, keys) for keys in columns.values())

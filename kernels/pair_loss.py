@@ -476,8 +476,7 @@ def _one_launch_kernel(
     addends, maxima = _score_columns(pairs, pivot, weights, mask, MASKED)
     sums = _reduce_scores(addends, maxima, n, MASKED)
     sum1, sum2, own_count, own_weight, _, _ = sums
-    statistics_of_all = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
-    count, mu, sigma, total_weight, max_score, input_scale = statistics_of_all
+    count, mu, sigma, total_weight, max_score, input_scale = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
     columns, h = _process_block(
@@ -513,8 +512,7 @@ def _moments_kernel(batch, beta_ptr, moments, n, beta, MASKED: tl.constexpr, BLO
     if beta_ptr is not None:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
-    sums = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
-    sum1, sum2, own_count, own_weight, max_score, input_scale = sums
+    sum1, sum2, own_count, own_weight, max_score, input_scale = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
     count, mean, m2 = _moments_from_sums(pivot, sum1, sum2, own_count)
     tl.store(moments, count)
     tl.store(moments + 1, mean)
@@ -534,8 +532,7 @@ def _statistics_kernel(batch, beta_ptr, partials, done_counter, n, beta, MASKED:
         beta = tl.load(beta_ptr)
     pivot = _pivot_score(batch, n, beta)
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    sums = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
-    sum1, sum2, own_count, own_weight, max_score, input_scale = sums
+    sum1, sum2, own_count, own_weight, max_score, input_scale = _sum_scores(batch, pivot, n, beta, MASKED, BLOCK)
     tl.store(partials + program, sum1)
     tl.store(partials + num_programs + program, sum2)
     tl.store(partials + 2 * num_programs + program, max_score.to(tl.float64))
@@ -595,8 +592,7 @@ def _loss_kernel(
         addends = _stack_2((sums1, sums2), in_range)
     sums = _reduce_scores(addends, _stack_2((max_scores, max_scales), in_range), n, MASKED)
     sum1, sum2, own_count, own_weight, _, _ = sums
-    statistics_of_all = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
-    count, mu, sigma, total_weight, max_score, input_scale = statistics_of_all
+    count, mu, sigma, total_weight, max_score, input_scale = _batch_statistics(statistics, pivot, sums, BLOCK_RANKS)
     if MEAN_ON_DEVICE:
         loss_scale = _mean_scale(loss_scale, total_weight)
 

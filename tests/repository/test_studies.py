@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +63,7 @@ from benchmarks.studies.harness import (
     prefer,
     shuffled_batches,
 )
-from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, run_files, store_key
+from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, result_path, run_files, store_key
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import (
     ERROR_OVER_PROMPTS,
@@ -743,6 +746,23 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
     assert all(entry["chosen log-prob"] < 0 for entry in result.tuning)
+
+
+def test_an_interrupted_study_has_trained_all_losses_with_the_first_seeds(tmp_path: Path) -> None:
+    _, settings, _ = command.parse_args(["ranking", "--scale", "smoke"])
+    started: list[Job] = []
+
+    def submit(function: Any, settings: Any, job: Job, device: str, store: Path) -> Future[None]:
+        started.append(job)
+        result_path(settings, job, device, store).write_text("{}")
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    workers: Any = SimpleNamespace(pool=SimpleNamespace(submit=submit), trained_pairs=SimpleNamespace(value=0))
+    sweep(settings, {"a": Treatment("dpo"), "b": Treatment("simpo")}, 2, workers, tmp_path, "cpu")
+    trained = [(job.treatment.loss, job.seed) for job in started if job.treatment is not None]
+    assert trained == [("dpo", 0), ("simpo", 0), ("dpo", 1), ("simpo", 1)]
 
 
 def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
