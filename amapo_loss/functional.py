@@ -93,8 +93,8 @@ def amapo_loss(
             `ScoreStatistics` are taken as they are; they are in score units, so beta is included. A `ScoreWindow` or
             any other `Estimator` is called with the scores of this batch and `process_group`. If you pass the
             statistics of a whole optimizer batch, the sums of the losses (`reduction="sum"`) of its micro-batches have
-            the gradient of the sum over the whole batch, except for a pair within rounding of the mean: whether it
-            counts as equal to the mean is decided by the scores of its micro-batch.
+            the gradient of the sum over the whole batch. Only what counts as a rounding error is judged by the scores
+            of the micro-batch.
         process_group: the data-parallel group, to take the statistics over the pairs of all its ranks. This adds one
             all-gather of six float64 numbers per rank, if the statistics or the mean need it. None, also under DDP,
             means that there is no communication and each rank takes its own pairs.

@@ -107,7 +107,7 @@ class Estimator(Protocol):
 
 
 WINDOWS_DIFFER = (
-    "the windows of the ranks differ, so that each would compute other margins: call load_state_dict and reset on all"
+    "the windows of the ranks differ, and so would their margins: call load_state_dict or reset on every rank"
 )
 
 

@@ -90,7 +90,7 @@ _OPTIONS_OF_A_REFERENCE = (
     "ref_model_sync_steps",
 )
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # of Transformers; they look at `metric_for_best_model`
-_ENOUGH_PAIRS = 64  # the gradient weights are off by a tenth with statistics over so many pairs, see docs/results.md
+_ENOUGH_PAIRS = 64  # with fewer pairs, the gradient weights are off by more than a tenth, see docs/results.md
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
 _CITATION = """@inproceedings{deng2026amapo,
@@ -270,8 +270,13 @@ class AMaPOConfig(DPOConfig):
         return AdaptiveMargin(**{name: getattr(self, name) for name in _OPTIONS_OF_THE_MARGIN})
 
 
+def _option_for(argument: str) -> str:
+    """Return the option that names the column for "margin" or "weights"."""
+    return f"{argument.removesuffix('s')}_column"
+
+
 def _missing_column(column: str, argument: str, data: str) -> ValueError:
-    return ValueError(f"{data} has no column {column!r}, which the configuration names for {argument}")
+    return ValueError(f"{data} has no column {column!r}, which {_option_for(argument)} names")
 
 
 class _CollatorWithColumns(NamedTuple):
@@ -287,16 +292,13 @@ class _CollatorWithColumns(NamedTuple):
                 raise _missing_column(column, argument, "the data")
             values = [example[column] for example in examples]
             if None in values:
-                raise ValueError(
-                    f"the column {column!r}, which the configuration names for {argument}, has a missing value"
-                )
+                raise ValueError(f"the column {column!r}, which {_option_for(argument)} names, has a missing value")
             batch[argument] = torch.tensor(values, dtype=torch.float32)
             lowest, expected = (0.0, "at least 0 and finite") if argument == "weights" else (-math.inf, "finite")
             for value in values:  # one NaN would make all weights of the model NaN, and the log would show a loss of 0
                 if not (math.isfinite(value) and value >= lowest):
                     raise ValueError(
-                        f"the column {column!r}, which the configuration names for {argument}, must be {expected}, "
-                        f"got {value}"
+                        f"the column {column!r}, which {_option_for(argument)} names, must be {expected}, got {value}"
                     )
         return batch
 
@@ -420,7 +422,10 @@ class AMaPOTrainer(DPOTrainer):
                 )
 
     def _check_data_sets(self) -> None:
-        """Raise for what would otherwise raise at the first evaluation, hours after the start."""
+        """Raise for columns that a data set lacks, and for a metric of no evaluation set.
+
+        Otherwise the first evaluation would raise, hours after the start.
+        """
         eval_sets = {"eval_dataset": self.eval_dataset}
         if several := isinstance(self.eval_dataset, dict):
             eval_sets = {f"eval_dataset[{name!r}]": data for name, data in self.eval_dataset.items()}
@@ -478,14 +483,14 @@ class AMaPOTrainer(DPOTrainer):
             )
         columns = getattr(self.train_dataset, "column_names", None) or []
         for name in {"weight", "weights", "margin", "margins"} & set(columns) - set(self._columns().values()):
-            option = f"{name.removesuffix('s')}_column"
+            option = _option_for(name)
             warnings.warn(
                 f"AMaPOTrainer ignores the column {name!r} of the training data: set {option}={name!r} to use it",
                 stacklevel=3,
             )
 
     def _warn_of_window(self, pairs_per_micro_batch: int) -> None:
-        """Warn of statistics over far fewer or far more scores than an optimizer step has. All processes count."""
+        """Warn of statistics over far fewer or far more scores than an optimizer step has on all processes."""
         size = self.args.statistics_window
         pairs_per_step = pairs_per_micro_batch * self.args.gradient_accumulation_steps
         advice = f"set statistics_window={pairs_per_step}, the number of pairs per optimizer step on all processes"
@@ -493,7 +498,7 @@ class AMaPOTrainer(DPOTrainer):
             return
         if size is None and pairs_per_micro_batch < min(pairs_per_step, _ENOUGH_PAIRS):
             warnings.warn(
-                f"the statistics are those of the pairs of a micro-batch, {pairs_per_micro_batch}: {advice}",
+                f"the statistics are taken over a micro-batch, with {pairs_per_micro_batch} pairs: {advice}",
                 stacklevel=2,
             )
         if size is not None and not pairs_per_step / 2 <= size <= 2 * pairs_per_step:
@@ -660,20 +665,21 @@ class AMaPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `DPOTrainer` does, with the summary of all pairs since the last log in place of averages."""
-        # An evaluation may have the prefix "train", and then a "train_loss", but only a training counts operations.
-        is_training, is_of_training = self.model.training, not logs.keys().isdisjoint(("loss", "total_flos"))
-        if is_training and not is_of_training:
+        # An evaluation with the prefix "train" has a "train_loss", too, but only the end of a training "total_flos".
+        is_training_log = not logs.keys().isdisjoint(("loss", "total_flos"))
+        in_training_mode = self.model.training
+        if in_training_mode and not is_training_log:
             # These are values of a callback. It may run on one process only, so nothing is gathered for them.
             super(DPOTrainer, self).log(logs, start_time)
             return
-        if is_of_training and self._totals:
+        if is_training_log and self._totals:
             group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             self._metrics["train"] |= {
                 key: [value] for key, value in _summary_as_floats(self._totals.reduced(group)).items()
             }
             self._totals = Totals.none()
         # DPOTrainer logs the metrics of the mode that the model is in, and an evaluation leaves it in evaluation mode.
-        follows_evaluation = is_of_training and not is_training
+        follows_evaluation = is_training_log and not in_training_mode
         if follows_evaluation:
             self.model.train()
         super().log(logs, start_time)

@@ -329,7 +329,7 @@ def pretrained_table(study_files: Sequence[str], columns: dict[str, tuple[str, .
 
 
 def pretrained_change_table() -> str:
-    """Return how much the pretrained model's ranking has changed: the accuracies that mean the same for all losses."""
+    """Return the pretrained model's accuracies, among them that by the change, which means the same for all losses."""
     study, change = load("studies_pretrained_tuned/ranking"), "held out, change"
     columns = {
         "by the average log-prob": ("held out",),

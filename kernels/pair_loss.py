@@ -3,8 +3,8 @@ r"""The AMaPO loss of a batch in one or two kernel launches, with its gradient a
 Up to `MAX_PAIRS_ONE_LAUNCH` pairs, one program holds the whole batch. For larger batches, a first launch writes partial
 sums of the scores, and a second one computes the statistics and the loss. This file has, from top to bottom, bundles of
 kernel arguments, the mathematics in the order and with the symbols of `amapo_loss._reference`, the kernels, their
-launch, the operators that PyTorch sees, and the functions that `amapo_loss.functional` calls. Depends on torch, Triton
-and the types of `amapo_loss`.
+launch, the operators that PyTorch sees, and the functions that `amapo_loss.functional` calls. Depends on torch, Triton,
+`amapo_loss.kernels` and the types of `amapo_loss`.
 
 Everything is computed in float32, except the sums of scores. They are float64, so that a mean far larger than the
 standard deviation and a large batch do not cost precision. Every launch passes `enable_fp_fusion=False`. A fused
@@ -33,7 +33,7 @@ MAX_PAIRS_ONE_LAUNCH = 4096
 PAIRS_PER_WARP = 128  # with one launch, up to 16 warps
 BLOCK_PAIRS = 1024  # pairs that a program holds at a time in all other launches
 MAX_STATISTICS_PROGRAMS = 512  # a power of 2
-MAX_LOSS_PROGRAMS = 264  # at most MAX_STATISTICS_PROGRAMS
+MAX_LOSS_PROGRAMS = 264  # at most MAX_STATISTICS_PROGRAMS, the number of totals that the last program can read
 
 MACHINE_EPS = tl.constexpr(2.0**-23)  # machine epsilon of float32
 MAX_EXPONENT = tl.constexpr(60.0)  # as in the reference
@@ -267,9 +267,10 @@ def _merge_moments(rank_moments, num_ranks, BLOCK_RANKS: tl.constexpr):
 
 @triton.jit
 def _batch_statistics(statistics, pivot, sums, BLOCK_RANKS: tl.constexpr):
-    """Return what `_reduce_scores` has returned as `sums`, of all ranks.
+    """Return the statistics of all ranks, from what `_reduce_scores` has returned as `sums` for this rank.
 
-    It is the number of pairs, the mean mu in float64, sigma in float32, the sum of the weights and the two maxima.
+    These are the number of pairs, the mean mu in float64, sigma in float32, the sum of the weights, the largest |r| and
+    the largest input scale.
     """
     sum1, sum2, n, total_weight, max_score, input_scale = sums
     if statistics.rank_moments is None:

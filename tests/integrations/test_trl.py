@@ -409,7 +409,7 @@ def test_the_trainer_warns_of_settings_that_do_not_train_as_intended(
 @pytest.mark.parametrize(
     ("accumulation_steps", "window", "message"),
     [
-        (8, None, "those of the pairs of a micro-batch, 4: set statistics_window=32"),
+        (8, None, "over a micro-batch, with 4 pairs: set statistics_window=32"),
         (8, 15, "statistics_window=15 is far from the pairs per step: set statistics_window=32"),
         (8, 65, "statistics_window=65 is far from the pairs per step: set statistics_window=32"),
         (8, 16, None),
@@ -657,9 +657,9 @@ def test_a_callback_may_log_values_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    """That of an evaluation set is, too, before the training and not at the first evaluation."""
+    """A column that a data set lacks is named when the trainer is made, and not at the first evaluation."""
     options = {"weight_column": "importance"}
-    missing = "has no column 'importance', which the configuration names for weights"
+    missing = "has no column 'importance', which weight_column names"
     with pytest.raises(ValueError, match=f"train_dataset {missing}"):
         make_trainer(tmp_path, **options)
     options["train_dataset"] = pairs_with_columns()
@@ -675,10 +675,10 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("weight_column", None, "the configuration names for weights, has a missing value"),
-        ("weight_column", -1.0, "the configuration names for weights, must be at least 0 and finite, got -1.0"),
-        ("weight_column", math.inf, "the configuration names for weights, must be at least 0 and finite, got inf"),
-        ("margin_column", math.nan, "the configuration names for margin, must be finite, got nan"),
+        ("weight_column", None, "weight_column names, has a missing value"),
+        ("weight_column", -1.0, "weight_column names, must be at least 0 and finite, got -1.0"),
+        ("weight_column", math.inf, "weight_column names, must be at least 0 and finite, got inf"),
+        ("margin_column", math.nan, "margin_column names, must be finite, got nan"),
     ],
 )
 def test_a_wrong_value_in_a_column_is_named(tmp_path: Path, option: str, value: Any, message: str) -> None:
