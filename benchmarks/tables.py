@@ -330,15 +330,15 @@ def pretrained_table(study_files: Sequence[str], columns: dict[str, tuple[str, .
 
 def pretrained_change_table() -> str:
     """Return the pretrained model's accuracies, among them that by the change, which means the same for all losses."""
-    study, change = load("studies_pretrained_tuned/ranking"), "held out, change"
+    study = load(PRETRAINED_CHANGE_FILE)
     columns = {
         "by the average log-prob": ("held out",),
         "by the loss's own score": ("held out, own score",),
-        "by the change of the average log-prob": (change,),
+        "by the change of the average log-prob": (CHANGE,),
         "log-prob of chosen answers": ("chosen log-prob",),
     }
     runs = [Run.from_json(entry) for entry in study["runs"]]
-    compared = tabulate(runs, {}, SIMPO, compared=change, prompts=study["prompts of the held-out pairs"])
+    compared = tabulate(runs, {}, SIMPO, compared=CHANGE, prompts=study["prompts of the held-out pairs"])
     rows = []
     for name in treatment_names(runs):
         treatment = study["treatments"].get(name)
@@ -395,6 +395,7 @@ def accuracy_by_author(accuracies: dict[str, float], num_pairs: dict[str, int]) 
 
 
 EQUAL_RATE = "sizes/SmolLM2-135M-Instruct/gradient-flow"
+PRETRAINED_CHANGE_FILE, CHANGE = "studies_pretrained_tuned/ranking", "held out, change"
 PRETRAINED_FILES = ("studies_pretrained/ranking", "studies_pretrained_dpo/ranking")
 PRETRAINED_RANKING: dict[str, tuple[str, ...]] = {
     "validation pairs": ("validation",),
