@@ -406,7 +406,7 @@ def report_study(console: Console, name: str, path: Path) -> None:
     pictures = {}
     if tuning := record.get(TUNING):  # the key is missing in files of earlier versions
         print_tuning(console, tuning)
-        figure = plt.figure(figsize=(11, 4.2))
+        figure = plt.figure(figsize=(14, 4.2))
         draw_tuning(figure, tuning)
         figure.suptitle(f"Learning rates of the study {name!r}", fontsize=11)
         figure.tight_layout()

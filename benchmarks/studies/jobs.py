@@ -148,7 +148,11 @@ def perform_job(
             texts = data.texts["validation"]
             policy = all_logps(model, texts)
             ranked = ranked_correctly(job.treatment, texts, policy, ref["validation"])
-            metrics = {"validation, own score": share_of(ranked.by_own_score), "chosen log-prob": chosen_logp(policy)}
+            metrics = {
+                "validation, own score": share_of(ranked.by_own_score),
+                "validation, change": share_of(ranked.by_change),
+                "chosen log-prob": chosen_logp(policy),
+            }
         else:
             metrics = evaluate(job.treatment, data.corpus, data.texts, evaluation_logps(model, data), ref)
         metrics |= training_metrics(trace)

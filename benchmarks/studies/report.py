@@ -43,6 +43,11 @@ TUNED_QUANTITIES = {  # keys of an entry of a tuning: the caption of its table a
         "accuracy on the validation pairs by the average log-prob in percent, after one run with each rate",
         "validation pairs ranked correctly\nby the average log-prob",
     ),
+    "validation, change": (  # missing in files of earlier versions
+        "accuracy on the validation pairs by the change of the average log-prob in percent, after one run with each "
+        "rate",
+        "validation pairs ranked correctly\nby the change of the average log-prob",
+    ),
     "chosen log-prob": (
         "log-prob of the chosen answers of the validation pairs, nats per token, after these runs",
         "log-prob of their chosen\nanswers, nats per token",
@@ -192,7 +197,7 @@ def format_summary(column: str, summary: Summary) -> str:
 
 
 def print_tuning(console: Console, entries: list[dict[str, Any]]) -> None:
-    """Print the accuracy and, if the entries have it, the log-prob on the validation pairs by loss and rate."""
+    """Print the accuracies and, if the entries have it, the log-prob on the validation pairs by loss and rate."""
     by_loss = tuning_by_loss(entries)
     for key, (caption, _) in TUNED_QUANTITIES.items():
         if key not in entries[0]:
@@ -215,7 +220,7 @@ def tuning_by_loss(entries: list[dict[str, Any]]) -> dict[str, dict[float, dict[
 
 
 def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
-    """Draw accuracy and log-prob on the validation pairs over the learning rate, and the accuracy over training.
+    """Draw accuracies and log-prob on the validation pairs over the learning rate, and the accuracy over training.
 
     The accuracy of a single batch is noisy, so the last panel shows its mean over a sixth of the steps. Entries of
     earlier versions have no log-prob, and no panel for it.

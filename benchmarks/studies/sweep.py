@@ -164,7 +164,7 @@ def tune(
     found = perform([Job(replace(first[group], learning_rate=rate), seed, True) for group, rate in tried])
     entries = [
         {"loss": group, "learning rate": rate}
-        | {name: metrics[name] for name in (TUNED_ACCURACY, "chosen log-prob")}
+        | {name: metrics[name] for name in (TUNED_ACCURACY, "validation, change", "chosen log-prob")}
         | {BATCH_ACCURACY: metrics["curves"]["accuracy"]}
         for (group, rate), metrics in zip(tried, found)
     ]

@@ -63,7 +63,16 @@ from benchmarks.studies.harness import (
     prefer,
     shuffled_batches,
 )
-from benchmarks.studies.jobs import RUN_MODULES, Job, dump_code, new_model, result_path, run_files, store_key
+from benchmarks.studies.jobs import (
+    RUN_MODULES,
+    Job,
+    dump_code,
+    new_model,
+    perform_job,
+    result_path,
+    run_files,
+    store_key,
+)
 from benchmarks.studies.models import ByteLM, Texts, tensors
 from benchmarks.studies.report import (
     ERROR_OVER_PROMPTS,
@@ -745,7 +754,19 @@ def test_each_loss_gets_the_learning_rate_that_ranks_validation_pairs_best(tmp_p
         best = max(tried)
         assert result.treatments[name].learning_rate == -best[1]
     assert len({run.metrics["validation"] for run in result.runs if run.treatment == "first"}) == 1
-    assert all(entry["chosen log-prob"] < 0 for entry in result.tuning)
+    assert all(entry["chosen log-prob"] < 0 <= entry["validation, change"] for entry in result.tuning)
+
+
+def test_a_training_of_a_tuning_has_the_validation_metrics_of_the_whole_run(tmp_path: Path) -> None:
+    _, settings, _ = command.parse_args(["ranking", "--scale", "smoke", "--learning-rate", "1e-2"])
+    treatment = Treatment("dpo")
+    jobs = [Job(None, 0), Job(treatment, 0), Job(treatment, 0, only_validate=True)]
+    for job in jobs:
+        perform_job(settings, job, "cpu", tmp_path)
+    _, whole, tuned = (json.loads(result_path(settings, job, "cpu", tmp_path).read_text()) for job in jobs)
+    for name in ("validation, own score", "validation, change"):
+        assert tuned[name] == whole[name]
+    assert tuned["validation, own score"] != tuned["validation, change"]  # else they could be swapped unnoticed
 
 
 def test_an_interrupted_study_has_trained_all_losses_with_the_first_seeds(tmp_path: Path) -> None:
@@ -773,6 +794,7 @@ def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
             "loss": loss,
             "learning rate": rate,
             "validation": accuracy,
+            "validation, change": 1 - accuracy,
             "chosen log-prob": -10 * accuracy,
             BATCH_ACCURACY: [rate * k for k in range(12)],
         }
@@ -781,10 +803,11 @@ def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
     ]
     figure = Figure()
     draw_tuning(figure, entries)
-    rate_axes, logp_axes, step_axes = figure.axes
-    lines = zip(rate_axes.lines, logp_axes.lines, strict=True)
-    for (line, logps), (loss, by_rate), best in zip(lines, accuracies.items(), (1e-3, 1e-2), strict=True):
+    rate_axes, change_axes, logp_axes, step_axes = figure.axes
+    lines = zip(rate_axes.lines, change_axes.lines, logp_axes.lines, strict=True)
+    for (line, changes, logps), (loss, by_rate), best in zip(lines, accuracies.items(), (1e-3, 1e-2), strict=True):
         assert dict(zip(*line.get_data(), strict=True)) == by_rate
+        assert dict(zip(*changes.get_data(), strict=True)) == {rate: 1 - share for rate, share in by_rate.items()}
         assert dict(zip(*logps.get_data(), strict=True)) == {rate: -10 * share for rate, share in by_rate.items()}
         (curve,) = (line for line in step_axes.lines if str(line.get_label()).startswith(f"{loss}, "))
         assert curve.get_label() == f"{loss}, 1e-{3 if loss == 'dpo' else 2}"
@@ -800,6 +823,7 @@ def test_a_tuning_is_printed_and_drawn(tmp_path: Path) -> None:
     rows = [line.split() for line in completed.stdout.splitlines()]
     assert rows.index(["1e-4", "1e-3", "1e-2"]) < rows.index(["dpo", "50.0", "70.0", "70.0"])
     assert ["simpo", "40.0", "30.0", "60.0"] in rows
+    assert ["dpo", "50.0", "30.0", "30.0"] in rows
     assert ["simpo", "-4", "-3", "-6"] in rows
     assert (tmp_path / "ranking-rates.png").read_bytes().startswith(b"\x89PNG")
 
