@@ -71,7 +71,7 @@ tables: .venv/ready  ## Write the tables of README.md and docs/ from the JSON fi
 pretrained: .venv/ready  ## Write the language model SmolLM2-135M-Instruct into build/, which the studies take with MODEL=.
 	$(RUN) benchmarks.studies.pretrained $(ARGS)
 
-studies: .venv/ready  ## Run all studies of docs/results.md. DATA=, EVAL=, RM_BENCH= and ALSO_EVAL= take your own files, and MODEL= a model.
+studies: .venv/ready  ## Run all studies of docs/studies.md. DATA=, EVAL=, RM_BENCH= and ALSO_EVAL= take your own files, and MODEL= a model.
 	$(STUDY) all $(FILES) $(EXTRA_FILES) $(LANGUAGE_MODEL) $(ARGS)
 
 $(STUDIES): .venv/ready  ## Run one study. It takes the same variables.

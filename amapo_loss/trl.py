@@ -90,7 +90,7 @@ _OPTIONS_OF_A_REFERENCE = (
     "ref_model_sync_steps",
 )
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # of Transformers; they look at `metric_for_best_model`
-_ENOUGH_PAIRS = 64  # with fewer pairs, the gradient weights are off by more than a tenth, see docs/results.md
+_ENOUGH_PAIRS = 64  # with fewer pairs, the gradient weights are off by more than a tenth, see docs/studies.md
 _WINDOW_FILE = "score_window.pt"  # in a checkpoint's folder
 _TITLE = "AMaPO: Adaptive Margin-attached Preference Optimization for Language Model Alignment"
 _CITATION = """@inproceedings{deng2026amapo,
