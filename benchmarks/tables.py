@@ -357,6 +357,24 @@ def pretrained_change_table() -> str:
     return markdown(header, rows)
 
 
+def answer_table() -> str:
+    """Return the accuracies and the log-prob that the README has, with the same runs as `pretrained_change_table`."""
+    study = load(PRETRAINED_CHANGE_FILE)
+    runs = [Run.from_json(entry) for entry in study["runs"]]
+    columns = {
+        "the model prefers the chosen answer": "held out",
+        "training has raised the chosen answer more": CHANGE,
+        "log-prob of chosen answers": "chosen log-prob",
+    }
+    rows = []
+    for name in treatment_names(runs):
+        is_trained = name in study["treatments"]
+        selected = [run for run in runs if run.treatment == name][: None if is_trained else 1]  # one checkpoint
+        title = "SimPO without gamma" if name == SIMPO else name if is_trained else "before training"
+        rows.append((title, *(spread(selected, name, (key,)) for key in columns.values())))
+    return markdown(("", *columns), rows)
+
+
 def spread(runs: list[Run], treatment: str, keys: tuple[str, ...]) -> str:
     """Return the mean of a metric over the seeds and, in brackets, its standard deviation; "" if no run has it.
 
@@ -591,6 +609,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-ranking": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_RANKING),
     "pretrained-others": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_OTHERS),
     "pretrained-change": pretrained_change_table,
+    "answer": answer_table,
     "equal-rate-ranking": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_RANKING),
     "equal-rate-others": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_OTHERS),
     "reasoning": reasoning_table,
