@@ -1043,7 +1043,8 @@ def test_the_config_can_be_parsed_from_a_command_line(tmp_path: Path) -> None:
     assert json.loads(args.to_json_string())["formula"] == "released"
 
 
-def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tmp_path: Path, use_peft: bool) -> None:
     """The data are a local file, and so is the model. An option on the command line replaces one of the file."""
     tiny_llama().save_pretrained(tmp_path / "model")
     trainer_benchmark.byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -1061,11 +1062,13 @@ def test_the_script_trains_from_a_yaml_file_and_the_model_card_names_the_loss(tm
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
+        **({"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"} if use_peft else {}),
     }
     (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
     command = [sys.executable, "-m", "amapo_loss.trl", "--config", str(tmp_path / "run.yaml"), "--beta", "3.0"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() is use_peft
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
     assert type(args) is AMaPOConfig
     assert (args.beta, args.formula, args.statistics_window) == (3.0, "released", 16)
