@@ -1,7 +1,8 @@
-"""What this library's autograd functions do not compute: second derivatives, and derivatives in forward mode.
+"""What this library's autograd functions share: what they do not compute, and how torch.compile sees their inputs.
 
-Without these checks, both could be 0 without an error. torch.compile cannot trace the checks, and has no second
-derivatives of its own. Depends only on torch and the argument checks.
+They have neither second derivatives nor derivatives in forward mode. Without the checks here, both could be 0 without
+an error. torch.compile cannot trace these checks, so that such a derivative is 0 there. Depends only on torch and the
+argument checks.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,14 @@ FIRST_ONLY = "log-probs have first derivatives in reverse mode only: for others,
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
+
+
+def traced(x: Tensor) -> Tensor:
+    """Return x, or inside torch.compile a view of it. `requires_grad` is right for the view.
+
+    For x itself, it is False if x is an argument of a function under `torch.func.grad`, and its gradient would be 0.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x
 
 
 def raise_in_forward_mode(*inputs: Tensor | None) -> None:
@@ -52,6 +61,8 @@ def once_differentiable(backward: Backward, message: str = FIRST_ONLY) -> Backwa
 
 class _Gradient(torch.autograd.Function):
     """A gradient. Its backward, which raises, is reached from all that the gradient was computed from."""
+
+    generate_vmap_rule = True  # for `torch.func.jacrev`, which batches backward
 
     @staticmethod
     def forward(gradient: Tensor, message: str, *_: Tensor | None) -> Tensor:

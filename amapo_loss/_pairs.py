@@ -76,7 +76,7 @@ class Pairs(NamedTuple):
         """
         dtype, counted = self.accumulation_dtype(), self.counted()
         if counted is None:
-            return self._map(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
+            return self.map(lambda tensor: tensor if tensor.dtype == dtype else tensor.to(dtype))
         left_out, given = ~counted, {name: x for name, x in zip(Pairs._fields, self) if x is not None}
         neutral = {"chosen_lengths": 1, "rejected_lengths": 1}
         given = {"weights": counted} | given
@@ -86,9 +86,9 @@ class Pairs(NamedTuple):
 
     def detached(self) -> "Pairs":
         """Return the pairs without their autograd graph."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Pairs":
         """Return the pairs with a function applied to each tensor."""
         chosen, rejected, *optional = self
         return Pairs(function(chosen), function(rejected), *(x if x is None else function(x) for x in optional))

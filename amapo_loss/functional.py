@@ -125,7 +125,7 @@ def amapo_loss(
             on a GPU.
         RuntimeError: if `backend="triton"` cannot run here; the message has the reason. If another rank of
             `process_group` does not take part; NCCL's watchdog ends the process instead. In the backward pass, for a
-            second derivative of a loss from Triton.
+            second derivative of a loss from Triton. Inside `torch.compile`, that is 0 instead.
 
     Example:
         >>> import torch

@@ -150,6 +150,12 @@ class AMaPOLoss(nn.Module):
         clone.__dict__.update(copy.deepcopy(super().__getstate__(), memo))  # type: ignore[no-untyped-call]
         return clone
 
+    def __copy__(self) -> "AMaPOLoss":
+        """Return a module that shares everything, also the process group."""
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(super().__getstate__())  # type: ignore[no-untyped-call]
+        return clone
+
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError(

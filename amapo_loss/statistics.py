@@ -4,7 +4,7 @@ Depends only on torch, the argument checks, the moments and the collectives.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -131,7 +131,8 @@ class ScoreWindow(nn.Module):
 
     The stored scores are state of the run and not weights. They are the extra state of the module, a tensor in
     `state_dict`. They are not registered as buffers, so that `to` does not change their dtype and DDP does not
-    broadcast them. The window moves to the device of the scores that it is called with, and `to` moves it as well.
+    broadcast them. The window moves to the device of the scores that it is called with, and `to` moves it as well. The
+    meta device has no values, so that a window that comes back from there is empty.
     `load_state_dict` accepts the state of a window of another size, and keeps its newest scores. There is no
     host-device synchronization, except when the window moves and in `load_state_dict`.
 
@@ -213,8 +214,20 @@ class ScoreWindow(nn.Module):
 
     @torch.inference_mode(False)  # a tensor that moves in this mode could not be written to outside of it
     def _move(self, device: torch.device) -> None:
-        if device != self.scores.device:
+        if device == self.scores.device:
+            return
+        if self.scores.is_meta:  # as in a model that was built there
+            self.scores, self.seen = (
+                torch.zeros_like(self.scores, device=device),
+                torch.zeros_like(self.seen, device=device),
+            )
+        else:
             self.scores, self.seen = self.scores.to(device), self.seen.to(device)
+
+    @torch.inference_mode(False)  # as above, for a copy that is made in this mode, or loaded with `torch.load`
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.scores, self.seen = self.scores.clone(), self.seen.clone()
 
     def get_extra_state(self) -> Tensor:
         """Return the state [size + 1]: `scores`, and `seen` behind them.

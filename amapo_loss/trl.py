@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import TrainerCallback
 
 from amapo_loss import (
     AdaptiveMargin,
@@ -127,7 +128,8 @@ class AMaPOConfig(DPOConfig):
         margin_column: name of a column of the data with a number for each pair, which is its margin in score units, in
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
-            out of this loss, its statistics and its metrics, but not out of TRL's own metrics, such as the entropy. The
+            out of this loss, its statistics and its metrics, but not out of TRL's own metrics, such as the entropy
+            (with `sft_weight`, out of these, too). The
             loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0 included, so
             that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
@@ -139,7 +141,8 @@ class AMaPOConfig(DPOConfig):
             on all processes.
         metric_for_best_model: what `load_best_model_at_end` and the schedulers `reduce_lr_on_plateau` and `greedy` look
             at. Transformers takes the evaluation loss if this is None. With an adaptive margin, this loss grows while
-            the model improves, so `"rewards/accuracies"` takes its place, and the schedulers get the mode `"max"`.
+            the model improves, so `"rewards/accuracies"` takes its place. For this and every other metric that
+            should grow, the schedulers get the mode `"max"`, if `lr_scheduler_kwargs` has no mode.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -189,8 +192,9 @@ class AMaPOConfig(DPOConfig):
         if given_metric is None and self.metric_for_best_model == "loss" and self.has_adaptive_margin:
             self.metric_for_best_model: Any = "rewards/accuracies"
             self.greater_is_better: Any = True
-            if self.lr_scheduler_type in _SCHEDULERS_BY_METRIC:  # they minimize it, whatever greater_is_better says
-                self.lr_scheduler_kwargs: Any = {**(self.lr_scheduler_kwargs or {}), "mode": "max"}
+        if self.lr_scheduler_type in _SCHEDULERS_BY_METRIC and self.greater_is_better:
+            # These minimize the metric by default, whatever greater_is_better says.
+            self.lr_scheduler_kwargs: Any = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
         forbidden = dict.fromkeys(_OPTIONS_OF_OTHER_LOSSES, "belongs to another loss of DPOTrainer")
         if self.reference_free:
@@ -279,6 +283,29 @@ def _missing_column(column: str, argument: str, data: str) -> ValueError:
     return ValueError(f"{data} has no column {column!r}, which {_option_for(argument)} names")
 
 
+def _column_names(data: Any) -> list[str]:
+    """Return the names of the columns of a data set, or [] if there is none.
+
+    A streamed data set may know them only from its first example, which TRL has drawn, too.
+    """
+    if data is None:
+        return []
+    names = getattr(data, "column_names", None)
+    return list(next(iter(data), {}) if names is None else names)
+
+
+class _WindowReset(TrainerCallback):
+    """Forgets the scores of the window when TRL replaces the reference, because they are relative to the old one."""
+
+    def __init__(self, window: ScoreWindow) -> None:
+        self.window = window
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Reset the window after the steps after which `SyncRefModelCallback` replaces the reference."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.window.reset()
+
+
 class _CollatorWithColumns(NamedTuple):
     """A collator that adds columns of the data to the batches of TRL's collator, which drops them."""
 
@@ -293,13 +320,14 @@ class _CollatorWithColumns(NamedTuple):
             values = [example[column] for example in examples]
             if None in values:
                 raise ValueError(f"the column {column!r}, which {_option_for(argument)} names, has a missing value")
-            batch[argument] = torch.tensor(values, dtype=torch.float32)
             lowest, expected = (0.0, "at least 0 and finite") if argument == "weights" else (-math.inf, "finite")
             for value in values:  # one NaN would make all weights of the model NaN, and the log would show a loss of 0
-                if not (math.isfinite(value) and value >= lowest):
+                is_number = isinstance(value, int | float | Tensor)
+                if not (is_number and math.isfinite(value) and value >= lowest):
                     raise ValueError(
-                        f"the column {column!r}, which {_option_for(argument)} names, must be {expected}, got {value}"
+                        f"the column {column!r}, which {_option_for(argument)} names, must be {expected}, got {value!r}"
                     )
+            batch[argument] = torch.tensor(values, dtype=torch.float32)
         return batch
 
 
@@ -360,7 +388,8 @@ class AMaPOTrainer(DPOTrainer):
     The trainer logs what `DPOTrainer` logs, with the rewards of this loss, and in addition the values of
     `Diagnostics.summary` that start with `amapo/`. They are those of all pairs since the last log, or of the whole
     evaluation set, on all processes. Checkpoints contain the state of the `ScoreWindow`, so that a resumed run ends
-    with bitwise the same weights. The first log of such a run has only the pairs since it was resumed.
+    with bitwise the same weights. (From the second epoch of a streamed data set on, Transformers resumes with other
+    pairs.) The first log of such a run has only the pairs since it was resumed.
 
     Example:
         >>> batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 32, "statistics_window": 128}
@@ -402,6 +431,8 @@ class AMaPOTrainer(DPOTrainer):
             self.data_collator: Any = _CollatorWithColumns(self.data_collator, self._columns())
         size = args.statistics_window
         self.window = None if size is None else ScoreWindow(size)
+        if args.sync_ref_model and self.window is not None:
+            self.add_callback(_WindowReset(self.window))
         # TRL's computation of its loss always runs, because it fills the metrics and has the auxiliary loss. The loss
         # itself is the SFT loss with sft_weight > 0, and otherwise 0, the sum over an empty list.
         self.loss_types = ["sft"] if args.sft_weight else []
@@ -430,9 +461,9 @@ class AMaPOTrainer(DPOTrainer):
         if several := isinstance(self.eval_dataset, dict):
             eval_sets = {f"eval_dataset[{name!r}]": data for name, data in self.eval_dataset.items()}
         for name, data in {"train_dataset": self.train_dataset, **eval_sets}.items():
-            known = getattr(data, "column_names", None)  # a streamed data set may not know them
+            known = _column_names(data)
             for argument, column in self._columns().items():
-                if known is not None and column not in known:
+                if data is not None and column not in known:
                     raise _missing_column(column, argument, name)
         metric = self.args.metric_for_best_model
         if several and metric is not None and self.args.eval_strategy != "no":
@@ -472,16 +503,19 @@ class AMaPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
         # DeepSpeed and FSDP update float32 copies of the weights. The product of an adapter's weights starts at 0,
-        # where bfloat16 resolves small steps.
-        has_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config")
-        dtypes = {weight.dtype for weight in self.model.parameters() if weight.requires_grad}
+        # where bfloat16 resolves small steps, but copies of whole layers beside an adapter start elsewhere.
+        has_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if hasattr(self.model, "peft_config"):
+            trained = {name: weight for name, weight in trained.items() if "modules_to_save" in name}
+        dtypes = {weight.dtype for weight in trained.values()}
         if torch.bfloat16 in dtypes and args.learning_rate < 1e-4 and not has_copies:
             warnings.warn(
                 f"the weights are in bfloat16, where most steps of learning_rate={args.learning_rate:g} are lost in "
                 "rounding: load the model with dtype=torch.float32, and set bf16=True for the computation",
                 stacklevel=3,
             )
-        columns = getattr(self.train_dataset, "column_names", None) or []
+        columns = _column_names(self.train_dataset)
         for name in {"weight", "weights", "margin", "margins"} & set(columns) - set(self._columns().values()):
             option = _option_for(name)
             warnings.warn(
@@ -589,7 +623,9 @@ class AMaPOTrainer(DPOTrainer):
         if self.args.reference_free:
             chosen = rejected = torch.zeros(len(inputs["input_ids"]) // 2, device=self.accelerator.device)
         else:
-            models = [self.ref_model or self.model] if _REFERENCE_IS_AN_ARGUMENT else []
+            # Not `or`: a compiled model has no truth value.
+            model = self.model if self.ref_model is None else self.ref_model
+            models = [model] if _REFERENCE_IS_AN_ARGUMENT else []
             chosen, rejected = self.compute_ref_log_probs(*models, inputs)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 

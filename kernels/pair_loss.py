@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amapo_loss._autograd import once_differentiable
+from amapo_loss._autograd import once_differentiable, traced
 from amapo_loss._options import LossOptions
 from amapo_loss._pairs import Pairs
 from amapo_loss.kernels import next_power_of_2
@@ -825,6 +825,21 @@ def _(chosen_logps: Tensor, *_: Any) -> Tensor:
     return torch.empty(6, dtype=torch.float64, device=chosen_logps.device)
 
 
+@torch.library.register_vmap("amapo_loss::pair_loss", lib=_library)
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Compute one batch after another. Without this rule, a gradient of the results would be 0 without an error."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:4]):
+        raise NotImplementedError("backend='triton' has no gradient under torch.func.vmap: use backend='torch'")
+    batches = [
+        torch.ops.amapo_loss.pair_loss.default(
+            *(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims))
+        )
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(x) for x in zip(*batches))
+    return outputs, (0,) * len(outputs)
+
+
 NO_SECOND_DERIVATIVE = "backend='triton' has no second derivative: use backend='torch' for double backward"
 
 
@@ -886,6 +901,7 @@ def pair_loss(
     rank_moments: Tensor | None,  # [ranks, 6]
 ) -> PairLossOutput:
     """Compute the loss of checked pairs."""
+    pairs = pairs.map(traced)
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs.logps())
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
     statistics = options.statistics

@@ -92,8 +92,8 @@ def sequence_logps(
             fails); if logits that are a DTensor are not sharded on V over a mesh of one dimension, or its ranks have
             different labels.
         IndexError: on a CPU, if a counted label is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp` (not
-            inside `torch.compile`, where such a derivative is 0).
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`. Inside
+            `torch.compile`, both are 0 instead.
 
     Example:
         >>> import torch
@@ -220,6 +220,7 @@ def linear_sequence_logps(
     _check_labels("hidden", hidden, "H", labels)
     _checks.integer("ignore_index", ignore_index)
     hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
+    _check_parameters(hidden, "N, T, H", weight, bias)
     packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
     labels = _predicted_labels(labels, ignore_index, packing, shift)
     counted = labels != ignore_index
@@ -336,8 +337,8 @@ def linear_token_logps(
             ZeRO-3; if a DTensor has other placements than above, or if `vocab_group` is given in addition; if the ranks
             of a split vocabulary have different targets; if `keep_bytes` is negative; if the softcap is not above 0.
         IndexError: on a CPU, if a target is outside [0, V). On a GPU, PyTorch's device-side assertion fails.
-        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp` (not
-            inside `torch.compile`, where such a derivative is 0). With gloo, if another rank of the split vocabulary
+        RuntimeError: in the backward pass, for a second derivative; in forward mode, as under `torch.func.jvp`. Inside
+            `torch.compile`, both are 0 instead. With gloo, if another rank of the split vocabulary
             does not take part before the timeout of the group; NCCL's watchdog ends the process instead.
 
     Example:
@@ -352,6 +353,7 @@ def linear_token_logps(
     Source: cross-entropy of a language model; the method is this library's own, see `docs/logps.md`.
     """
     hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
+    _check_parameters(hidden, "n, H", weight, bias)
     transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
     logps, entropies = linear_logps(hidden, weight, targets, transform, group_name, keep_bytes, return_entropy)
     return (logps, entropies) if return_entropy else logps
@@ -424,6 +426,26 @@ def _check_labels(
     _checks.same_device("labels", labels, name, states.device)
 
 
+def _named_parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+def _check_parameters(
+    hidden: Tensor,
+    dims: str,  # of the hidden states
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+) -> None:
+    for name, parameter in _named_parameters(weight, bias).items():
+        if name == "weight" or len(weight):  # beside an empty shard, an empty bias is right
+            _checks.gathered_parameter(name, parameter)
+    num_dims = dims.count(",") + 1
+    if hidden.ndim != num_dims or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [{dims}] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+
+
 def _checked_transform(
     hidden: Tensor,  # [n, H]
     weight: Tensor,  # [V, H]
@@ -436,14 +458,7 @@ def _checked_transform(
     """Check the arguments of a head without DTensors, and return how its logits follow from products."""
     _checks.token_ids("targets", targets)
     _checks.plain_activation("targets", targets)
-    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    for name, parameter in parameters.items():
-        if name == "weight" or len(weight):  # beside an empty shard, an empty bias is right
-            _checks.gathered_parameter(name, parameter)
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [..., H] and weight [V, H], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    parameters = _named_parameters(weight, bias)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"targets must be {tuple(hidden.shape[:1])}, one entry per hidden state, got shape {tuple(targets.shape)}"

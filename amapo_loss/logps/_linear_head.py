@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, with_anchor
+from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, traced, with_anchor
 from amapo_loss._checks import accumulation_dtype, autocasts
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
@@ -61,7 +61,8 @@ def linear_logps(
     device, gemm_dtype = hidden.device.type, hidden.dtype
     if autocasts(device) and gemm_dtype != torch.float64:
         gemm_dtype = torch.get_autocast_dtype(device)
-    bias = None if transform.bias is None else transform.bias.contiguous()  # the kernels read adjacent numbers
+    hidden, weight = traced(hidden), traced(weight)
+    bias = None if transform.bias is None else traced(transform.bias).contiguous()  # the kernels read adjacent numbers
     raise_in_forward_mode(hidden, weight, bias)
     head = (hidden, weight, target_ids, bias)
     arguments = (*head, gemm_dtype, transform.scale, transform.softcap, group_name, with_entropy)
@@ -173,9 +174,11 @@ class _FrozenHead(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 10
         factor, direction, _anchor = saved
-        # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a clone, because a second
-        # backward pass through the same graph needs `direction` again.
-        grad_hidden = direction.clone().mul_((factor * grad_output).unsqueeze(1))
+        # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a copy, because a second
+        # backward pass through the same graph needs `direction` again. `torch.func.jacrev` batches `grad_output`, and
+        # only a new tensor of it can take a batched product.
+        grad_hidden = grad_output.new_empty(direction.shape, dtype=direction.dtype).copy_(direction)
+        grad_hidden.mul_((factor * grad_output).unsqueeze(1))
         return grad_hidden, *(None,) * 9
 
 

@@ -441,6 +441,9 @@ def test_weights_in_bfloat16_may_be_trained_with_a_large_rate_copies_or_an_adapt
         tiny_llama().to(torch.bfloat16), LoraConfig(task_type="CAUSAL_LM"), autocast_adapter_dtype=False
     )
     assert {weight.dtype for weight in adapted.parameters()} == {torch.bfloat16}
+    whole_layer = LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="the weights are in bfloat16"):
+        make_trainer(tmp_path, get_peft_model(tiny_llama().to(torch.bfloat16), whole_layer), learning_rate=6e-7)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the weights are in bfloat16")
         trainer = make_trainer(tmp_path, model, learning_rate=1e-3)
@@ -667,6 +670,9 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         make_trainer(tmp_path, eval_dataset=pairs(4), **options)
     with pytest.raises(ValueError, match=rf"eval_dataset\['b'\] {missing}"):
         make_trainer(tmp_path, eval_dataset={"a": pairs_with_columns(4), "b": pairs(4)}, **options)
+    streamed = pairs(4).to_iterable_dataset()
+    with pytest.raises(ValueError, match=f"eval_dataset {missing}"):
+        make_trainer(tmp_path, eval_dataset=streamed, **options)
     trainer = make_trainer(tmp_path, eval_dataset=pairs_with_columns(4), **options)
     with pytest.raises(ValueError, match=f"the data {missing}"):
         trainer.evaluate(trainer.train_dataset.remove_columns("importance"))
@@ -679,14 +685,43 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         ("weight_column", -1.0, "weight_column names, must be at least 0 and finite, got -1.0"),
         ("weight_column", math.inf, "weight_column names, must be at least 0 and finite, got inf"),
         ("margin_column", math.nan, "margin_column names, must be finite, got nan"),
+        ("margin_column", "large", "margin_column names, must be finite, got 'large'"),
     ],
 )
 def test_a_wrong_value_in_a_column_is_named(tmp_path: Path, option: str, value: Any, message: str) -> None:
     """A NaN in one row would become the value of every weight of the model, and the log would show a loss of 0."""
-    dataset = pairs(4).add_column("own", [1.0, value, 1.0, 1.0])
+    dataset = pairs(4).add_column("own", [value] * 4 if isinstance(value, str) else [1.0, value, 1.0, 1.0])
     trainer = make_trainer(tmp_path, train_dataset=dataset, **{option: "own"})
     with pytest.raises(ValueError, match=f"the column 'own', which {message}"):
         trainer.train()
+
+
+def test_a_column_of_a_streamed_data_set_that_is_not_used_is_named(tmp_path: Path) -> None:
+    dataset = pairs(4).add_column("weight", [1.0] * 4).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="AMaPOTrainer ignores the column 'weight' of the training data"):
+        make_trainer(tmp_path, train_dataset=dataset, max_steps=1)
+
+
+def test_a_compiled_reference_gives_the_loss_of_one_that_is_not(tmp_path: Path) -> None:
+    """A compiled model has no truth value."""
+    losses = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        models = {"model": tiny_llama(), "ref_model": tiny_llama(seed=7)}
+        trainer = make_trainer(tmp_path, **models, reference_free=False, max_steps=1, **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_window_has_no_scores_of_a_reference_that_was_replaced(tmp_path: Path) -> None:
+    """After step 2, the reference becomes the policy, so that all scores of step 3 are 0. So are all margins."""
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    options = {"reference_free": False, "statistics_window": 16, "max_steps": 3, "learning_rate": 1e-2, "beta": 0.5}
+    trainer = make_trainer(tmp_path, ref_model=tiny_llama(seed=7), logging_steps=1, **sync, **options)
+    trainer.train()
+    *_, second, third = [log for log in trainer.state.log_history if "loss" in log]
+    assert second["amapo/margin_mean"] > 0
+    assert third["rewards/margins"] == third["amapo/margin_mean"] == 0
 
 
 def test_the_best_model_needs_the_metric_of_one_of_several_evaluation_sets(tmp_path: Path) -> None:

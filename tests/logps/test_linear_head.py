@@ -778,6 +778,29 @@ def test_torch_compile_has_no_graph_break(requires_grad: str, keep_bytes: int) -
     assert explanation.graph_break_count == 0
 
 
+@pytest.mark.usefixtures("_compiler_reset")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises them about itself
+@pytest.mark.parametrize("names", WITH_GRADIENTS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # jacrev calls an operator once per row
+def test_func_grad_inside_compile_and_jacrev_agree_with_autograd(names: str) -> None:
+    """The tensors are arguments of the differentiated function, of which the compiler says no `requires_grad`."""
+    head, labels = random_head(2, 5, 8, 30, names), random_labels(2, 5, 30)
+    expected = torch.autograd.functional.jacobian(
+        lambda *x: head._replace(**dict(zip(names.split(), x))).sequence_logps(labels), tuple(head.leaves)
+    )
+    head = Head(*(x.detach() if isinstance(x, Tensor) else x for x in head))
+
+    def logps(*x: Tensor) -> Tensor:
+        return head._replace(**dict(zip(names.split(), x))).sequence_logps(labels)
+
+    arguments = tuple(getattr(head, name) for name in names.split())
+    every = tuple(range(len(arguments)))
+    torch.testing.assert_close(torch.func.jacrev(logps, argnums=every)(*arguments), expected)
+    gradient = torch.func.grad(lambda *x: logps(*x).sum(), argnums=every)
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), tuple(x.sum(0) for x in expected))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_operators_pass_opcheck(with_bias: bool, softcap: float | None) -> None:

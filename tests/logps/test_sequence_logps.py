@@ -272,6 +272,19 @@ def test_torch_compile_has_no_graph_break() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises them about itself
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # jacrev calls an operator once per row
+def test_func_grad_inside_compile_and_jacrev_agree_with_autograd() -> None:
+    """The logits are an argument of the differentiated function, of which the compiler says no `requires_grad`."""
+    logits, labels = torch.randn(2, 4, 5, dtype=torch.float64), torch.randint(5, (2, 4))
+    expected = torch.autograd.functional.jacobian(lambda x: sequence_logps(x, labels), logits)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: sequence_logps(x, labels))(logits), expected)
+    gradient = torch.func.grad(lambda x: sequence_logps(x, labels).sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), expected.sum(0))
+    torch.compiler.reset()
+
+
 def test_the_operators_pass_opcheck() -> None:
     """opcheck tests the schemas, the fake implementations, and that the operators have no autograd of their own."""
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORE_INDEX, 4], [IGNORE_INDEX, 0, 2]])

@@ -16,7 +16,7 @@ from amapo_loss import (
     sequence_logps,
     simpo_loss,
 )
-from tests.support.backends import on_gpu, to_device, triton_loss
+from tests.support.backends import on_gpu, to_device, triton_loss, two_launches
 from tests.support.generators import COMPILERS, every_loss, every_margin, gradients, random_logps, score_statistics
 
 
@@ -126,6 +126,37 @@ def test_func_grad_agrees_with_backward(loss_fn: Any) -> None:
     detached = [x.detach() for x in inputs]
     actual = torch.func.grad(lambda *x: loss_fn(*x).loss, argnums=(0, 1))(*detached)
     torch.testing.assert_close(actual, expected)
+
+
+@every_loss
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
+def test_func_grad_inside_compile_agrees_with_backward(loss_fn: Any) -> None:
+    """The log-probs are arguments of the differentiated function, of which the compiler says no `requires_grad`."""
+    if loss_fn is two_launches:
+        pytest.skip("the compiler cannot trace the patch that makes two launches")
+    inputs = random_logps(9)
+    expected = gradients(loss_fn(*inputs), inputs)
+    gradient = torch.func.grad(lambda *x: loss_fn(*x).loss, argnums=(0, 1))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*(x.detach() for x in inputs)), expected)
+
+
+@every_loss
+def test_the_gradient_of_a_vmap_is_right_or_raises(loss_fn: Any) -> None:
+    chosen, rejected = (torch.stack([x.detach(), x.detach() + 0.1]) for x in random_logps(9))
+    losses = torch.func.vmap(lambda *x: loss_fn(*x).loss)
+
+    def gradient() -> Any:
+        return torch.func.grad(lambda x: losses(x, rejected).sum())(chosen)
+
+    rows = [loss_fn(c, r) for c, r in zip(chosen, rejected)]
+    torch.testing.assert_close(losses(chosen, rejected), torch.stack([row.loss for row in rows]))
+    if loss_fn in (triton_loss, two_launches):
+        with pytest.raises(NotImplementedError, match="no gradient under torch.func.vmap: use backend='torch'"):
+            gradient()
+        return
+    expected = torch.func.grad(lambda x: sum(loss_fn(c, r).loss for c, r in zip(x, rejected)))(chosen)
+    torch.testing.assert_close(gradient(), expected)
 
 
 @every_loss

@@ -257,8 +257,6 @@ LINEAR_HEAD: list[Case] = [
     ({"hidden": HIDDEN.long()}, TypeError, "hidden must be a floating tensor, got a tensor of torch.int64"),
     ({"weight": None}, TypeError, "weight must be a floating tensor, got NoneType"),
     ({"weight": torch.nn.Linear(8, 5)}, TypeError, "weight must be a floating tensor, got Linear"),
-    ({"weight": WEIGHT[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (3, 8) and (8,)"),
-    ({"weight": WEIGHT.T}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (3, 8) and (8, 5)"),
     ({"weight": WEIGHT.to(META)}, ValueError, "weight is on meta, expected the device of hidden, cpu"),
     (
         {"weight": WEIGHT.bfloat16()},
@@ -292,9 +290,13 @@ TOKENS: list[Case] = [
     ({"targets": TARGETS[:2]}, ValueError, "targets must be (3,), one entry per hidden state, got shape (2,)"),
     ({"targets": TARGETS.to(META)}, ValueError, "targets is on meta, expected the device of hidden, cpu"),
     ({"targets": TARGETS + 5}, IndexError, "token ids must be in [0, 5), got 5"),
-    ({"hidden": HIDDEN[0]}, ValueError, "hidden must be [..., H] and weight [V, H], got shapes (8,) and (5, 8)"),
+    ({"hidden": HIDDEN[0]}, ValueError, "hidden must be [n, H] and weight [V, H], got shapes (8,) and (5, 8)"),
+    ({"hidden": HIDDEN[None]}, ValueError, "hidden must be [n, H] and weight [V, H], got shapes (1, 3, 8) and (5, 8)"),
+    ({"weight": WEIGHT[0]}, ValueError, "hidden must be [n, H] and weight [V, H], got shapes (3, 8) and (8,)"),
+    ({"weight": WEIGHT.T}, ValueError, "hidden must be [n, H] and weight [V, H], got shapes (3, 8) and (8, 5)"),
 ]
 SEQUENCES: list[Case] = [
+    ({"weight": WEIGHT.T}, ValueError, "hidden must be [N, T, H] and weight [V, H], got shapes (1, 3, 8) and (8, 5)"),
     ({"labels": TARGETS}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (1, 3, 8) and (3,)"),
     ({"hidden": HIDDEN}, ValueError, "hidden must be [N, T, H] and labels [N, T], got shapes (3, 8) and (1, 3)"),
     ({"labels": TARGETS[None].float()}, TypeError, "labels must be an int64 tensor, got a tensor of torch.float32"),

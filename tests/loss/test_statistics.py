@@ -1,7 +1,10 @@
 """The score statistics of a batch, merged from several parts, of a window, and from a custom estimator."""
 
+import copy
 import io
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
 from amapo_loss._moments import mean_std_count, merge_moments, moments
@@ -189,6 +193,30 @@ def test_a_window_that_moves_in_inference_mode_can_be_trained_with() -> None:
     with torch.inference_mode():
         window(torch.empty(2, device="meta"))
     window(torch.empty(2, device="meta", requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_a_window_that_is_copied_in_inference_mode_can_be_trained_with(
+    copy_of: Callable[[nn.Module], nn.Module],
+) -> None:
+    window = ScoreWindow(4)
+    window(torch.tensor([1.0, 2.0], requires_grad=True))
+    with torch.inference_mode():
+        window, loss_fn = copy_of(window), copy_of(AMaPOLoss(statistics_window=4))
+    assert window(torch.tensor([3.0], requires_grad=True)).count == 3
+    loss_fn(torch.zeros(2, requires_grad=True), torch.zeros(2))
+    assert loss_fn.statistics.seen == 2
+
+
+def test_a_window_that_comes_back_from_the_meta_device_is_empty() -> None:
+    window = ScoreWindow(4)
+    window(torch.tensor([1.0, 2.0], requires_grad=True))
+    window.to("meta").to_empty(device="cpu")
+    assert window(torch.tensor([3.0], requires_grad=True)).count == 1
+    window(torch.empty(2, device="meta"))
+    assert window(torch.tensor([3.0], requires_grad=True)).count == 1
 
 
 def test_a_window_that_is_made_in_inference_mode_can_be_trained_with() -> None:
