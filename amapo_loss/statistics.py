@@ -217,10 +217,7 @@ class ScoreWindow(nn.Module):
         if device == self.scores.device:
             return
         if self.scores.is_meta:  # as in a model that was built there
-            self.scores, self.seen = (
-                torch.zeros_like(self.scores, device=device),
-                torch.zeros_like(self.seen, device=device),
-            )
+            self.scores, self.seen = (torch.zeros_like(x, device=device) for x in (self.scores, self.seen))
         else:
             self.scores, self.seen = self.scores.to(device), self.seen.to(device)
 

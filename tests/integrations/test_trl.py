@@ -559,6 +559,15 @@ def test_a_scheduler_that_looks_at_the_accuracy_maximizes_it(tmp_path: Path, sch
         str(tmp_path), use_cpu=True, bf16=False, constant_margin=0.5, lr_scheduler_type=scheduler, **options
     )
     assert "mode" not in (by_loss.lr_scheduler_kwargs or {})
+    own_metric = {"use_cpu": True, "bf16": False, "metric_for_best_model": "eval_a_rewards/accuracies", **options}
+    for kwargs, mode in ((None, "max"), ({"patience": 3}, "max"), ({"mode": "min"}, "min")):
+        config = AMaPOConfig(
+            str(tmp_path),
+            lr_scheduler_type=scheduler,
+            **own_metric,
+            **({"lr_scheduler_kwargs": kwargs} if kwargs else {}),
+        )
+        assert config.lr_scheduler_kwargs == (kwargs or {}) | {"mode": mode}
 
 
 def test_a_training_log_after_an_evaluation_has_the_summary_of_the_training(

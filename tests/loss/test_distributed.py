@@ -453,7 +453,8 @@ def copy_a_loss(rank: int, group: dist.ProcessGroup) -> None:
     clone = copy.deepcopy(loss_fn)
     assert clone.process_group is group
     shallow = copy.copy(loss_fn)
-    assert shallow.process_group is group and shallow.statistics is loss_fn.statistics
+    assert shallow.process_group is group
+    assert shallow.statistics is loss_fn.statistics
     loss_fn(*random_logps(4))
     assert clone.state_dict()["statistics._extra_state"][-1] == 0, "the copy has a window of its own"
     assert clone(*random_logps(4))[0].isfinite()

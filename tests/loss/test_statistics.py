@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from amapo_loss import AMaPOLoss, ScoreStatistics, ScoreWindow, amapo_loss
 from amapo_loss._moments import mean_std_count, merge_moments, moments
@@ -195,12 +194,11 @@ def test_a_window_that_moves_in_inference_mode_can_be_trained_with() -> None:
     window(torch.empty(2, device="meta", requires_grad=True))
 
 
-@pytest.mark.parametrize(
-    "copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-def test_a_window_that_is_copied_in_inference_mode_can_be_trained_with(
-    copy_of: Callable[[nn.Module], nn.Module],
-) -> None:
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
+def test_a_window_that_is_copied_in_inference_mode_can_be_trained_with(copy_of: Callable[[Any], Any]) -> None:
     window = ScoreWindow(4)
     window(torch.tensor([1.0, 2.0], requires_grad=True))
     with torch.inference_mode():
