@@ -17,7 +17,15 @@ from amapo_loss import (
     simpo_loss,
 )
 from tests.support.backends import on_gpu, to_device, triton_loss, two_launches
-from tests.support.generators import COMPILERS, every_loss, every_margin, gradients, random_logps, score_statistics
+from tests.support.generators import (
+    COMPILERS,
+    compiled_gradient,
+    every_loss,
+    every_margin,
+    gradients,
+    random_logps,
+    score_statistics,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +145,7 @@ def test_func_grad_inside_compile_agrees_with_backward(loss_fn: Any) -> None:
     inputs = random_logps(9)
     expected = gradients(loss_fn(*inputs), inputs)
     gradient = torch.func.grad(lambda *x: loss_fn(*x).loss, argnums=(0, 1))
-    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*(x.detach() for x in inputs)), expected)
+    torch.testing.assert_close(compiled_gradient(gradient, *(x.detach() for x in inputs)), expected)
 
 
 @every_loss

@@ -1,6 +1,7 @@
 """Batches, options and margins that the tests draw from, lists of losses to run over, and small helpers."""
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.torch_version import TorchVersion
 
 from amapo_loss import AdaptiveMargin, AMaPOOutput, ScoreStatistics, amapo_loss, dpo_loss, simpo_loss
 from tests.support.backends import GPU, OnBackend, on_gpu, triton_loss, two_launches
@@ -133,3 +136,13 @@ every_loss = pytest.mark.parametrize(
     ],
 )
 COMPILERS = ["aot_eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.which("clang++"))
+
+
+def compiled_gradient(gradient: Callable[..., Any], *arguments: Tensor) -> Any:
+    """Return a gradient by `torch.func.grad`, computed inside torch.compile. Skip where PyTorch says that it cannot."""
+    try:
+        return torch.compile(gradient, fullgraph=True, backend="aot_eager")(*arguments)
+    except TorchDynamoException as error:
+        if TorchVersion(torch.__version__) >= "2.13":
+            raise
+        pytest.skip(f"torch.compile cannot trace it: {error}")
