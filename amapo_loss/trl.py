@@ -393,7 +393,8 @@ class AMaPOTrainer(DPOTrainer):
 
     Example:
         >>> batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 32, "statistics_window": 128}
-        >>> args = AMaPOConfig("out", beta=2.5, learning_rate=6e-7, **batches)  # doctest: +SKIP
+        >>> options = {"formula": "released", "beta": 2.5, "learning_rate": 6e-7, **batches}
+        >>> args = AMaPOConfig("out", **options)  # doctest: +SKIP
         >>> trainer = AMaPOTrainer("Qwen/Qwen3-0.6B", args=args, train_dataset=dataset)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
