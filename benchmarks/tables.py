@@ -24,7 +24,7 @@ from benchmarks.studies.report import (
     treatment_names,
 )
 from benchmarks.studies.studies import SIMPO, gradient_norm
-from benchmarks.studies.sweep import Run, tuned_accuracy
+from benchmarks.studies.sweep import TUNED_ACCURACY, Run, tuned_accuracy
 
 ROOT = Path(__file__).parents[1]
 COMMITTED_RESULTS = ROOT / "benchmarks" / "results"
@@ -511,6 +511,19 @@ def rates_table(study: str, names: dict[str, str]) -> str:
     return markdown(("", *map(format_rate, rates)), rows)
 
 
+def change_rates_table() -> str:
+    """Return what the losses do at rates that keep most of the log-prob, after one run each."""
+    entries = load("studies_pretrained_rates/ranking")["tuning of the learning rates on the validation pairs"]
+    names = {**TUNED, "amapo, released": "AMaPO, released"}
+    rows = []
+    for entry in entries:
+        accuracies = (f"{100 * entry[key]:.1f}" for key in (TUNED_ACCURACY, "validation, change"))
+        logp = f"{entry['chosen log-prob']:.2f}"
+        rows.append((names[entry["loss"]], format_rate(entry["learning rate"]), *accuracies, logp))
+    header = ("by the loss's own score", "by the change of the average log-prob", "log-prob of chosen answers")
+    return markdown(("", "learning rate", *header), rows)
+
+
 TUNED = {"dpo": "DPO", "simpo": "SimPO, gamma 0", "amapo, paper": "AMaPO, paper"}
 
 
@@ -610,6 +623,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained-others": partial(pretrained_table, PRETRAINED_FILES, PRETRAINED_OTHERS),
     "pretrained-change": pretrained_change_table,
     "answer": answer_table,
+    "change-rates": change_rates_table,
     "equal-rate-ranking": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_RANKING),
     "equal-rate-others": partial(pretrained_table, [EQUAL_RATE], PRETRAINED_OTHERS),
     "reasoning": reasoning_table,

@@ -237,8 +237,11 @@ def draw_tuning(figure: Figure, entries: list[dict[str, Any]]) -> None:
         means = curve.unfold(0, width, 1).mean(1)
         middles = torch.arange(len(means)) + (width - 1) / 2
         step_axes.plot(middles.tolist(), means.tolist(), linestyle=line_style, label=f"{loss}, {rate}")
+    rates = {entry["learning rate"]: format_rate(entry["learning rate"]) for entry in entries}
     for axes, label in zip(rate_axes, quantities.values()):
         axes.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axes.set_xticks(list(rates), labels=list(rates.values()), rotation=90)
+        axes.minorticks_off()
     step_axes.set(xlabel="training step", ylabel="share of the batch ranked correctly,\nbefore the step")
     rate_axes[0].set_title("after one run with each rate", fontsize=SMALL_FONT)
     step_axes.set_title(f"with the best rate of each loss; means over {width} steps", fontsize=SMALL_FONT)
