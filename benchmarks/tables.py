@@ -362,16 +362,15 @@ def answer_table() -> str:
     study = load(PRETRAINED_CHANGE_FILE)
     runs = [Run.from_json(entry) for entry in study["runs"]]
     columns = {
-        "the model prefers the chosen answer": "held out",
-        "training has raised the chosen answer more": CHANGE,
+        "chosen answer has the higher average log-prob": "held out",
+        "training raised its log-prob more than that of the rejected answer": CHANGE,
         "log-prob of chosen answers": "chosen log-prob",
     }
     rows = []
     for name in treatment_names(runs):
         is_trained = name in study["treatments"]
         selected = [run for run in runs if run.treatment == name][: None if is_trained else 1]  # one checkpoint
-        title = "SimPO without gamma" if name == SIMPO else name if is_trained else "before training"
-        rows.append((title, *(spread(selected, name, (key,)) for key in columns.values())))
+        rows.append((name if is_trained else "before training", *(spread(selected, name, (key,)) for key in columns.values())))
     return markdown(("", *columns), rows)
 
 
