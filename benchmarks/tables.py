@@ -370,7 +370,8 @@ def answer_table() -> str:
     for name in treatment_names(runs):
         is_trained = name in study["treatments"]
         selected = [run for run in runs if run.treatment == name][: None if is_trained else 1]  # one checkpoint
-        rows.append((name if is_trained else "before training", *(spread(selected, name, (key,)) for key in columns.values())))
+        cells = (spread(selected, name, (key,)) for key in columns.values())
+        rows.append((name if is_trained else "before training", *cells))
     return markdown(("", *columns), rows)
 
 
