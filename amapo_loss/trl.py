@@ -12,6 +12,7 @@ import math
 import warnings
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -322,7 +323,7 @@ class _CollatorWithColumns(NamedTuple):
                 raise ValueError(f"the column {column!r}, which {_option_for(argument)} names, has a missing value")
             lowest, expected = (0.0, "at least 0 and finite") if argument == "weights" else (-math.inf, "finite")
             for value in values:  # one NaN would make all weights of the model NaN, and the log would show a loss of 0
-                is_number = isinstance(value, int | float | Tensor)
+                is_number = isinstance(value, Real | Tensor)
                 if not (is_number and math.isfinite(value) and value >= lowest):
                     raise ValueError(
                         f"the column {column!r}, which {_option_for(argument)} names, must be {expected}, got {value!r}"

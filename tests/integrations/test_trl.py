@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -731,6 +732,13 @@ def test_a_window_has_no_scores_of_a_reference_that_was_replaced(tmp_path: Path)
     *_, second, third = [log for log in trainer.state.log_history if "loss" in log]
     assert second["amapo/margin_mean"] > 0
     assert third["rewards/margins"] == third["amapo/margin_mean"] == 0
+
+
+@pytest.mark.parametrize("number", [1, True, 0.5, np.float32(0.5), np.int64(2), torch.tensor(0.5)])
+def test_a_column_may_have_numbers_of_any_kind(number: Any) -> None:
+    """Such as those of a data set in the format "numpy" or "torch"."""
+    collate = amapo_loss_trl._CollatorWithColumns(lambda examples: {}, {"weights": "own"})
+    assert torch.equal(collate([{"own": number}])["weights"], torch.tensor([float(number)]))
 
 
 def test_the_best_model_needs_the_metric_of_one_of_several_evaluation_sets(tmp_path: Path) -> None:
