@@ -731,7 +731,8 @@ def test_a_window_has_no_scores_of_a_reference_that_was_replaced(tmp_path: Path)
     trainer.train()
     *_, second, third = [log for log in trainer.state.log_history if "loss" in log]
     assert second["amapo/margin_mean"] > 0
-    assert third["rewards/margins"] == third["amapo/margin_mean"] == 0
+    assert third["rewards/margins"] == pytest.approx(0, abs=1e-6)  # TRL 1.0 rounds the two models differently
+    assert third["amapo/margin_mean"] == 0
 
 
 @pytest.mark.parametrize("number", [1, True, 0.5, np.float32(0.5), np.int64(2), torch.tensor(0.5)])
