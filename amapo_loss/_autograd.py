@@ -1,8 +1,8 @@
-"""What this library's autograd functions share: what they do not compute, and how torch.compile sees their inputs.
+"""Helpers of this library's autograd functions.
 
-They have neither second derivatives nor derivatives in forward mode. Without the checks here, both could be 0 without
-an error. torch.compile cannot trace these checks, so that such a derivative is 0 there. Depends only on torch and the
-argument checks.
+These functions have neither second derivatives nor derivatives in forward mode. The checks here raise for both, which
+could be 0 otherwise. torch.compile cannot trace the checks: inside it, these derivatives are 0 without an error.
+Depends only on torch and the argument checks.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
 
 
-def traced(x: Tensor) -> Tensor:
-    """Return x, or inside torch.compile a view of it. `requires_grad` is right for the view.
+def view_if_compiling(x: Tensor) -> Tensor:
+    """Return x, or inside torch.compile a view of it.
 
-    For x itself, it is False if x is an argument of a function under `torch.func.grad`, and its gradient would be 0.
+    There, `requires_grad` of an argument of a function under `torch.func.grad` is False by mistake, and its gradient
+    would be 0. That of a view is right.
     """
     return x.view_as(x) if torch.compiler.is_compiling() else x
 

@@ -131,8 +131,8 @@ class ScoreWindow(nn.Module):
 
     The stored scores are state of the run and not weights. They are the extra state of the module, a tensor in
     `state_dict`. They are not registered as buffers, so that `to` does not change their dtype and DDP does not
-    broadcast them. The window moves to the device of the scores that it is called with, and `to` moves it as well. The
-    meta device has no values, so that a window that comes back from there is empty.
+    broadcast them. The window moves to the device of the scores that it is called with, and `to` moves it as well. A
+    window that moves to the meta device, which has no values, loses its scores.
     `load_state_dict` accepts the state of a window of another size, and keeps its newest scores. There is no
     host-device synchronization, except when the window moves and in `load_state_dict`.
 

@@ -130,7 +130,7 @@ class AMaPOConfig(DPOConfig):
             place of the adaptive one. Evaluation data need this column, too.
         weight_column: name of a column of the data with a number for each pair, which is its weight. 0 leaves the pair
             out of this loss, its statistics and its metrics, but not out of TRL's own metrics, such as the entropy
-            (with `sft_weight`, out of these, too). The
+            (unless `sft_weight` is set). The
             loss is then the sum of weight times loss, divided by the number of pairs, those of weight 0 included, so
             that a weight means the same in every micro-batch. Weights whose mean is 1 keep the scale.
         sft_weight: weight of TRL's SFT loss, to be added to this loss. With 0 it is left out. It is the average over
@@ -287,7 +287,7 @@ def _missing_column(column: str, argument: str, data: str) -> ValueError:
 def _column_names(data: Any) -> list[str]:
     """Return the names of the columns of a data set, or [] if there is none.
 
-    A streamed data set may know them only from its first example, which TRL has drawn, too.
+    A streamed data set may know them only from its first example, which TRL reads as well.
     """
     if data is None:
         return []
@@ -302,7 +302,7 @@ class _WindowReset(TrainerCallback):
         self.window = window
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Reset the window after the steps after which `SyncRefModelCallback` replaces the reference."""
+        """Reset the window in the steps in which `SyncRefModelCallback` replaces the reference."""
         if state.global_step % args.ref_model_sync_steps == 0:
             self.window.reset()
 
@@ -505,7 +505,7 @@ class AMaPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
         # DeepSpeed and FSDP update float32 copies of the weights. The product of an adapter's weights starts at 0,
-        # where bfloat16 resolves small steps, but copies of whole layers beside an adapter start elsewhere.
+        # where bfloat16 resolves small steps, but the layers in `modules_to_save` start at the pretrained weights.
         has_copies = self.is_deepspeed_enabled or self.is_fsdp_enabled
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         if hasattr(self.model, "peft_config"):

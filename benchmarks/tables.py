@@ -358,18 +358,20 @@ def pretrained_change_table() -> str:
 
 
 def answer_table() -> str:
-    """Return the accuracies and the log-prob that the README has, with the same runs as `pretrained_change_table`."""
+    """Return the README's accuracies and log-prob, which are those of the runs of `pretrained_change_table`."""
     study = load(PRETRAINED_CHANGE_FILE)
     runs = [Run.from_json(entry) for entry in study["runs"]]
     columns = {
-        "chosen answer has the higher average log-prob": "held out",
-        "training raised its log-prob more than that of the rejected answer": CHANGE,
+        "ranked correctly by the average log-prob": "held out",
+        "ranked correctly by its change in training": CHANGE,
         "log-prob of chosen answers": "chosen log-prob",
     }
     rows = []
     for name in treatment_names(runs):
         is_trained = name in study["treatments"]
-        selected = [run for run in runs if run.treatment == name][: None if is_trained else 1]  # one checkpoint
+        selected = [run for run in runs if run.treatment == name][
+            : None if is_trained else 1
+        ]  # all seeds have the same checkpoint
         cells = (spread(selected, name, (key,)) for key in columns.values())
         rows.append((name if is_trained else "before training", *cells))
     return markdown(("", *columns), rows)
@@ -512,7 +514,7 @@ def rates_table(study: str, names: dict[str, str]) -> str:
 
 
 def change_rates_table() -> str:
-    """Return what the losses do at rates that keep most of the log-prob, after one run each."""
+    """Return what the losses do at two rates below the tuned one of SimPO and AMaPO, in one run each."""
     entries = load("studies_pretrained_rates/ranking")["tuning of the learning rates on the validation pairs"]
     names = {**TUNED, "amapo, released": "AMaPO, released"}
     rows = []

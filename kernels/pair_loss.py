@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amapo_loss._autograd import once_differentiable, traced
+from amapo_loss._autograd import once_differentiable, view_if_compiling
 from amapo_loss._options import LossOptions
 from amapo_loss._pairs import Pairs
 from amapo_loss.kernels import next_power_of_2
@@ -901,7 +901,7 @@ def pair_loss(
     rank_moments: Tensor | None,  # [ranks, 6]
 ) -> PairLossOutput:
     """Compute the loss of checked pairs."""
-    pairs = pairs.map(traced)
+    pairs = pairs.map(view_if_compiling)
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in pairs.logps())
     run = _PairLoss.apply if with_gradient else torch.ops.amapo_loss.pair_loss.default
     statistics = options.statistics

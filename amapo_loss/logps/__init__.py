@@ -220,7 +220,7 @@ def linear_sequence_logps(
     _check_labels("hidden", hidden, "H", labels)
     _checks.integer("ignore_index", ignore_index)
     hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
-    _check_parameters(hidden, "N, T, H", weight, bias)
+    _check_head(hidden, "N, T, H", weight, bias)
     packing = Packing.of(labels, ignore_index, cu_seqlens, position_ids)
     labels = _predicted_labels(labels, ignore_index, packing, shift)
     counted = labels != ignore_index
@@ -353,7 +353,7 @@ def linear_token_logps(
     Source: cross-entropy of a language model; the method is this library's own, see `docs/logps.md`.
     """
     hidden, weight, bias, group_name = _local_head(hidden, weight, bias, vocab_group)
-    _check_parameters(hidden, "n, H", weight, bias)
+    _check_head(hidden, "n, H", weight, bias)
     transform = _checked_transform(hidden, weight, targets, bias, keep_bytes, logit_scale, final_logit_softcapping)
     logps, entropies = linear_logps(hidden, weight, targets, transform, group_name, keep_bytes, return_entropy)
     return (logps, entropies) if return_entropy else logps
@@ -430,7 +430,7 @@ def _named_parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
-def _check_parameters(
+def _check_head(
     hidden: Tensor,
     dims: str,  # of the hidden states
     weight: Tensor,  # [V, H]

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, traced, with_anchor
+from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, view_if_compiling, with_anchor
 from amapo_loss._checks import accumulation_dtype, autocasts
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
@@ -61,8 +61,9 @@ def linear_logps(
     device, gemm_dtype = hidden.device.type, hidden.dtype
     if autocasts(device) and gemm_dtype != torch.float64:
         gemm_dtype = torch.get_autocast_dtype(device)
-    hidden, weight = traced(hidden), traced(weight)
-    bias = None if transform.bias is None else traced(transform.bias).contiguous()  # the kernels read adjacent numbers
+    hidden, weight = view_if_compiling(hidden), view_if_compiling(weight)
+    # The kernels read adjacent numbers of the bias.
+    bias = None if transform.bias is None else view_if_compiling(transform.bias).contiguous()
     raise_in_forward_mode(hidden, weight, bias)
     head = (hidden, weight, target_ids, bias)
     arguments = (*head, gemm_dtype, transform.scale, transform.softcap, group_name, with_entropy)
@@ -175,8 +176,8 @@ class _FrozenHead(torch.autograd.Function):
             return (None,) * 10
         factor, direction, _anchor = saved
         # `mul_` rounds to the dtype of the hidden states without a float32 copy. It acts on a copy, because a second
-        # backward pass through the same graph needs `direction` again. `torch.func.jacrev` batches `grad_output`, and
-        # only a new tensor of it can take a batched product.
+        # backward pass through the same graph needs `direction` again. Under `torch.func.jacrev`,
+        # `grad_output` is batched, and so is this new tensor of it, as an in-place product with it requires.
         grad_hidden = grad_output.new_empty(direction.shape, dtype=direction.dtype).copy_(direction)
         grad_hidden.mul_((factor * grad_output).unsqueeze(1))
         return grad_hidden, *(None,) * 9

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, traced
+from amapo_loss._autograd import once_differentiable, raise_in_forward_mode, view_if_compiling
 from amapo_loss._checks import accumulation_dtype
 from amapo_loss.logps import _online_lse
 from amapo_loss.logps._online_lse import LogitTransform, OnlineLSE
@@ -33,7 +33,7 @@ def logits_logps(
     Without `with_entropy`, the entropies are [0].
     """
     raise_in_forward_mode(logits)
-    logits = traced(logits)
+    logits = view_if_compiling(logits)
     arguments = (logits, labels, ignore_index, group_name, with_entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
         logps, entropy, *_ = _LogitsLogps.apply(*arguments)

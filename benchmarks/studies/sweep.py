@@ -118,7 +118,9 @@ def sweep(
             unit = 1 if phase[0].treatment is None else settings.steps * settings.batch_size
             paths = [result_path(settings, job, device, store) for job in phase]
             missing = {path: job for path, job in zip(paths, phase) if not path.exists()}
-            by_seed = sorted(missing.values(), key=lambda job: job.seed)  # an interrupted sweep has all losses
+            by_seed = sorted(
+                missing.values(), key=lambda job: job.seed
+            )  # an interrupted sweep has whole seeds, with all losses
             futures = {workers.pool.submit(perform_in_process, settings, job, device, store) for job in by_seed}
             follow(progress, description, futures, len({*paths}), unit, workers.trained_pairs)
             return [json.loads(path.read_text()) for path in paths]

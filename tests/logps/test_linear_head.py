@@ -783,7 +783,7 @@ def test_torch_compile_has_no_graph_break(requires_grad: str, keep_bytes: int) -
 @pytest.mark.parametrize("names", WITH_GRADIENTS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # jacrev calls an operator once per row
 def test_func_grad_inside_compile_and_jacrev_agree_with_autograd(names: str) -> None:
-    """The tensors are arguments of the differentiated function, of which the compiler says no `requires_grad`."""
+    """Inside torch.compile, the arguments of such a function have `requires_grad=False` by mistake."""
     head, labels = random_head(2, 5, 8, 30, names), random_labels(2, 5, 30)
     expected = torch.autograd.functional.jacobian(
         lambda *x: head._replace(**dict(zip(names.split(), x))).sequence_logps(labels), tuple(head.leaves)

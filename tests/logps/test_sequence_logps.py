@@ -275,7 +275,7 @@ def test_torch_compile_has_no_graph_break() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler raises them about itself
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # jacrev calls an operator once per row
 def test_func_grad_inside_compile_and_jacrev_agree_with_autograd() -> None:
-    """The logits are an argument of the differentiated function, of which the compiler says no `requires_grad`."""
+    """Inside torch.compile, the arguments of such a function have `requires_grad=False` by mistake."""
     logits, labels = torch.randn(2, 4, 5, dtype=torch.float64), torch.randint(5, (2, 4))
     expected = torch.autograd.functional.jacobian(lambda x: sequence_logps(x, labels), logits)
     torch.testing.assert_close(torch.func.jacrev(lambda x: sequence_logps(x, labels))(logits), expected)

@@ -139,7 +139,7 @@ def test_func_grad_agrees_with_backward(loss_fn: Any) -> None:
 @every_loss
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
 def test_func_grad_inside_compile_agrees_with_backward(loss_fn: Any) -> None:
-    """The log-probs are arguments of the differentiated function, of which the compiler says no `requires_grad`."""
+    """Inside torch.compile, the arguments of such a function have `requires_grad=False` by mistake."""
     if loss_fn is two_launches:
         pytest.skip("the compiler cannot trace the patch that makes two launches")
     inputs = random_logps(9)

@@ -139,7 +139,7 @@ COMPILERS = ["aot_eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.wh
 
 
 def compiled_gradient(gradient: Callable[..., Any], *arguments: Tensor) -> Any:
-    """Return a gradient by `torch.func.grad`, computed inside torch.compile. Skip where PyTorch says that it cannot."""
+    """Return a gradient by `torch.func.grad` inside torch.compile. Skip if an older PyTorch cannot trace it."""
     try:
         return torch.compile(gradient, fullgraph=True, backend="aot_eager")(*arguments)
     except TorchDynamoException as error:
